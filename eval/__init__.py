@@ -1,0 +1,1 @@
+"""Reserved for quality metrics, throughput measurement and reports. Empty in this version."""

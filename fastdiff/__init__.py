@@ -1,0 +1,80 @@
+"""fastdiff makes diffusers pipelines sample faster by skipping work that does not change the image.
+
+Importing this package is cheap: torch, diffusers and everything built on them load on first use of a name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.errors import (
+    ConfigError,
+    FastDiffError,
+    FastDiffNoEffectWarning,
+    PlanError,
+    ProfileMismatchError,
+    StateError,
+    UnsupportedBackboneError,
+    UnsupportedPipelineError,
+)
+
+if TYPE_CHECKING:
+    from fastdiff.methods import ExitSchedule, FeatureInheritance, LayerSkipping
+    from fastdiff.pipelines import FastDiffPipeline, disable, disabled, enable, is_enabled
+    from fastdiff.plan import Action, ComputePlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Action",
+    "ComputePlan",
+    "ConfigError",
+    "ExitSchedule",
+    "FastDiffError",
+    "FastDiffNoEffectWarning",
+    "FastDiffPipeline",
+    "FeatureInheritance",
+    "LayerSkipping",
+    "PlanError",
+    "ProfileMismatchError",
+    "StateError",
+    "UnsupportedBackboneError",
+    "UnsupportedPipelineError",
+    "disable",
+    "disabled",
+    "enable",
+    "is_enabled",
+]
+
+_LAZY = {
+    "Action": "fastdiff.plan",
+    "ComputePlan": "fastdiff.plan",
+    "ExitSchedule": "fastdiff.methods",
+    "FeatureInheritance": "fastdiff.methods",
+    "LayerSkipping": "fastdiff.methods",
+    "FastDiffPipeline": "fastdiff.pipelines",
+    "disable": "fastdiff.pipelines",
+    "disabled": "fastdiff.pipelines",
+    "enable": "fastdiff.pipelines",
+    "is_enabled": "fastdiff.pipelines",
+}
+
+# In a checkout the sub-packages `pipelines`, `uem`, `kernels` and `eval` lie beside this folder instead of inside it.
+# An interpreter started in the checkout finds this folder before an installed copy, so it must find them too.
+_CHECKOUT = Path(__file__).resolve().parent.parent
+if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "pipelines").is_dir():
+    __path__.append(str(_CHECKOUT))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

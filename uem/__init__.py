@@ -1,0 +1,1 @@
+"""Reserved for uncertainty estimation modules, which decide per sample where to stop. Empty in this version."""
