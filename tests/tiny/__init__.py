@@ -1,0 +1,1 @@
+"""Tiny, offline, randomly initialised diffusers models and pipelines that the tests run on."""
