@@ -11,6 +11,12 @@ import diffusers
 import torch
 from torch import nn
 
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+HEIGHT = 8
+"""Height and width of a latent: 4x4 patches of 2x2."""
+TOKENS = 16
+TEXT_TOKENS = 6
+TEXT_DIM = 16
 WEIGHT_SEED = 0
 CONSTANT_NOISE = 0.1
 """Standard deviation added to zero- or one-initialised parameters."""
@@ -61,6 +67,19 @@ class Draw:
         return torch.randint(high, shape, generator=self._generator)
 
 
+def steps(batch: int, value: float = 500.0) -> torch.Tensor:
+    """Returns one timestep per item, of shape `(batch,)`."""
+    return torch.full((batch,), value)
+
+
+def grid_ids(height: int, width: int, columns: int = 3) -> torch.Tensor:
+    """Returns position ids of shape `(height * width, columns)`; the last two columns count rows and columns."""
+    ids = torch.zeros(height, width, columns)
+    ids[..., -2] += torch.arange(height)[:, None]
+    ids[..., -1] += torch.arange(width)[None, :]
+    return ids.flatten(0, 1)
+
+
 def entry(
     name: str,
     config: dict[str, Any],
@@ -86,7 +105,9 @@ def entry(
     )
 
 
-def build(cls: type[nn.Module], config: dict[str, Any], seed: int = WEIGHT_SEED) -> nn.Module:
+def build(
+    cls: type[nn.Module], config: dict[str, Any], seed: int = WEIGHT_SEED
+) -> nn.Module:
     """Returns `cls(**config)` with seeded weights, in float32 eval mode, with no block an identity."""
     with torch.random.fork_rng(devices=[]), _uninitialised_memory_is_nan():
         torch.manual_seed(seed)
