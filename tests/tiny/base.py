@@ -105,9 +105,7 @@ def entry(
     )
 
 
-def build(
-    cls: type[nn.Module], config: dict[str, Any], seed: int = WEIGHT_SEED
-) -> nn.Module:
+def build(cls: type[nn.Module], config: dict[str, Any], seed: int = WEIGHT_SEED) -> nn.Module:
     """Returns `cls(**config)` with seeded weights, in float32 eval mode, with no block an identity."""
     with torch.random.fork_rng(devices=[]), _uninitialised_memory_is_nan():
         torch.manual_seed(seed)

@@ -35,9 +35,7 @@ def _vector_quantised(draw: Draw, batch: int) -> dict[str, Any]:
     }
 
 
-def text_conditional(
-    draw: Draw, batch: int, channels: int = 4, timestep: float = 500.0
-) -> dict[str, Any]:
+def text_conditional(draw: Draw, batch: int, channels: int = 4, timestep: float = 500.0) -> dict[str, Any]:
     """Returns a latent of 4x4 patches, its timestep and the text states."""
     return {
         "hidden_states": draw(batch, channels, HEIGHT, HEIGHT),
@@ -69,9 +67,7 @@ def _lumina(draw: Draw, batch: int) -> dict[str, Any]:
 
 def _lumina2(draw: Draw, batch: int) -> dict[str, Any]:
     mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.bool)
-    return text_conditional(draw, batch, timestep=0.5) | {
-        "encoder_attention_mask": mask
-    }
+    return text_conditional(draw, batch, timestep=0.5) | {"encoder_attention_mask": mask}
 
 
 def _cogview(draw: Draw, batch: int) -> dict[str, Any]:
@@ -94,9 +90,7 @@ def _glm_image(draw: Draw, batch: int) -> dict[str, Any]:
 
 def _bria_fibo2(draw: Draw, batch: int) -> dict[str, Any]:
     layers = draw(batch, 3, TEXT_TOKENS, TEXT_DIM)
-    return text_conditional(draw, batch, timestep=0.5) | {
-        "encoder_hidden_states": layers
-    }
+    return text_conditional(draw, batch, timestep=0.5) | {"encoder_hidden_states": layers}
 
 
 def _ernie_image(draw: Draw, batch: int) -> dict[str, Any]:
@@ -159,9 +153,7 @@ def _qwen_image21(draw: Draw, batch: int) -> dict[str, Any]:
         "timestep": steps(batch, 0.5),
         "encoder_hidden_states": draw(batch, TEXT_TOKENS, TEXT_DIM),
         "img_shapes": [[(1, 4, 4)]] * batch,
-        "img_mask": torch.tensor([False] * TEXT_TOKENS + [True] * slots).repeat(
-            batch, 1
-        ),
+        "img_mask": torch.tensor([False] * TEXT_TOKENS + [True] * slots).repeat(batch, 1),
     }
 
 

@@ -69,9 +69,7 @@ def _hidream(draw: Draw, batch: int) -> dict[str, Any]:
 
 
 def _hunyuan_image(draw: Draw, batch: int) -> dict[str, Any]:
-    return text_conditional(draw, batch) | {
-        "encoder_attention_mask": torch.ones(batch, TEXT_TOKENS)
-    }
+    return text_conditional(draw, batch) | {"encoder_attention_mask": torch.ones(batch, TEXT_TOKENS)}
 
 
 def _qwen_image(draw: Draw, batch: int) -> dict[str, Any]:
@@ -130,8 +128,7 @@ ENTRIES = [
     entry("FluxTransformer2DModel", FLUX, _flux, DOUBLE_SINGLE),
     entry(
         "Flux2Transformer2DModel",
-        _DOUBLE_SINGLE
-        | {"timestep_guidance_channels": 16, "axes_dims_rope": (4, 4, 4, 4)},
+        _DOUBLE_SINGLE | {"timestep_guidance_channels": 16, "axes_dims_rope": (4, 4, 4, 4)},
         _flux2,
         DOUBLE_SINGLE,
         note=JOINED,
@@ -173,7 +170,7 @@ ENTRIES = [
         _DOUBLE_SINGLE | {"text_encoder_dim": TEXT_DIM},
         _bria_fibo,
         DOUBLE_SINGLE,
-        note="half of the text stream's channels is replaced before every block; single blocks see a fresh concatenation",
+        note="half of the text channels is replaced before every block; single blocks get a fresh concatenation",
     ),
     entry("LongCatImageTransformer2DModel", _DOUBLE_SINGLE, _packed, DOUBLE_SINGLE),
     entry(
