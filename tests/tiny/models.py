@@ -13,7 +13,7 @@ TINY_MODELS: dict[str, TinyModel] = {
 """Class name to tiny model, for the classes that the installed diffusers has."""
 
 _REASONS = {
-    "AnyFlowFARTransformer3DModel": "autoregressive over chunks: its pipeline's forwards need KV caches of earlier ones",
+    "AnyFlowFARTransformer3DModel": "autoregressive over chunks: its pipeline's forwards need earlier KV caches",
     "DreamLiteTransformer2DModel": "a stage of DreamLite's UNet, not a denoiser by itself",
     "MiniMaxMusic3RVQDepthDecoder": "autoregressive decoder of audio codes; it takes no timestep",
     "RFD4ProteinaTransformer": "denoises protein structures under two timesteps, not images, video or audio",
