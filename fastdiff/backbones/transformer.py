@@ -1,0 +1,160 @@
+"""Transformers as unit sequences: where their block lists are and how streams pass through each kind of block.
+
+Most blocks take the hidden state first and return it bare, and most denoisers keep their blocks in lists of a few usual
+names. diffusers' block registry and the tables below say where that is not so; `register_block` adds to them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from torch import nn
+
+from fastdiff.backbones.base import Backbone, BlockIO, Unit
+from fastdiff.errors import UnsupportedBackboneError
+from fastdiff.plan import UnitTraits
+
+BLOCK_LISTS = (
+    "transformer_blocks",
+    "joint_transformer_blocks",
+    "double_stream_blocks",
+    "blocks",
+    "layers",
+    "single_transformer_blocks",
+    "single_stream_blocks",
+)
+"""Attributes that hold a denoiser's blocks, in execution order."""
+
+SPECIAL_LISTS: dict[str, tuple[str, ...]] = {
+    "Flux3Transformer2DModel": ("single_transformer_blocks",),
+}
+"""Denoisers, by class name, whose backbone is other lists than the usual ones."""
+
+INTERLEAVED_LISTS = {"LatteTransformer3DModel": ("transformer_blocks", "temporal_transformer_blocks")}
+"""Denoisers that take one block of each list in turn, reshaping in between."""
+
+_TEXT, _IMAGE = "encoder_hidden_states", "hidden_states"
+_IMAGE_TEXT = BlockIO((_IMAGE, _TEXT), (0, 1))
+_TEXT_IMAGE = BlockIO((_IMAGE, _TEXT), (1, 0))
+
+_BLOCKS: dict[str, BlockIO] = {
+    **dict.fromkeys(
+        (
+            "CogVideoXBlock",
+            "CogView3PlusTransformerBlock",
+            "CogView4TransformerBlock",
+            "GlmImageTransformerBlock",
+            "HunyuanImageSingleTransformerBlock",
+            "HunyuanImageTransformerBlock",
+        ),
+        _IMAGE_TEXT,
+    ),
+    **dict.fromkeys(
+        (
+            "AuraFlowJointTransformerBlock",
+            "BriaFiboTransformerBlock",
+            "BriaSingleTransformerBlock",
+            "BriaTransformerBlock",
+            "ChromaTransformerBlock",
+            "Flux2TransformerBlock",
+            "Flux3SingleTransformerBlock",
+            "FluxSingleTransformerBlock",
+            "FluxTransformerBlock",
+            "JointTransformerBlock",
+            "LongCatImageSingleTransformerBlock",
+            "LongCatImageTransformerBlock",
+            "OvisImageSingleTransformerBlock",
+            "OvisImageTransformerBlock",
+            "QwenImageTransformerBlock",
+        ),
+        _TEXT_IMAGE,
+    ),
+    "Flux2SingleTransformerBlock": BlockIO(),
+}
+"""Blocks, by class name, that do not simply take the hidden state first and return it bare."""
+
+
+def register_block(block: type[nn.Module], streams: Sequence[str], returns: Sequence[int] | None = None) -> None:
+    """Say how the streams pass through a kind of block, for denoisers that fastdiff does not know.
+
+    Args:
+        block: the block's class.
+        streams: names of the forward parameters that carry the streams, the image stream first.
+        returns: place of each stream in the returned tuple; None if the block returns the one stream bare.
+
+    Raises:
+        UnsupportedBackboneError: if the block's forward lacks one of the streams.
+    """
+    names = list(inspect.signature(block.forward).parameters)
+    if missing := [stream for stream in streams if stream not in names]:
+        raise UnsupportedBackboneError(f"{block.__name__}.forward has no parameter {missing[0]!r}, only {names[1:]}.")
+    _BLOCKS[block.__name__] = BlockIO(tuple(streams), None if returns is None else tuple(returns))
+
+
+def transformer_backbone(denoiser: nn.Module) -> Backbone:
+    """See a transformer as one sequence of units over all its block lists.
+
+    Raises:
+        UnsupportedBackboneError: if no block list is found, or a block cannot be driven.
+    """
+    units = []
+    for segment, blocks in enumerate(_segments(denoiser)):
+        for name, block in blocks:
+            units.append(Unit(block, _block_io(block), UnitTraits(name), segment))
+    if not units:
+        found = [name for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList)]
+        raise UnsupportedBackboneError(
+            f"{type(denoiser).__name__} has no block list that fastdiff knows: looked for {', '.join(BLOCK_LISTS)}, "
+            f"found {', '.join(found) or 'no module list at all'}. A denoiser of your own needs its blocks in an "
+            "nn.ModuleList of one of these names."
+        )
+    return Backbone(denoiser, tuple(units))
+
+
+NamedBlocks = list[tuple[str, nn.Module]]
+
+
+def _segments(denoiser: nn.Module) -> Iterator[NamedBlocks]:
+    kind = type(denoiser).__name__
+    if kind in INTERLEAVED_LISTS:
+        lists = [_named(denoiser, name) for name in INTERLEAVED_LISTS[kind]]
+        yield from ([block] for block in chain.from_iterable(zip(*lists, strict=True)))
+        return
+    for name in SPECIAL_LISTS.get(kind, BLOCK_LISTS):
+        if blocks := _named(denoiser, name):
+            yield blocks
+
+
+def _named(denoiser: nn.Module, name: str) -> NamedBlocks:
+    blocks = getattr(denoiser, name, None)
+    if not isinstance(blocks, nn.ModuleList):
+        return []
+    return [(f"{name}.{index}", block) for index, block in enumerate(blocks)]
+
+
+def _block_io(block: nn.Module) -> BlockIO:
+    return (_BLOCKS.get(type(block).__name__) or _registered_io(block) or _bare_io(block)).of(block)
+
+
+def _registered_io(block: nn.Module) -> BlockIO | None:
+    """What diffusers itself declares for the block."""
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    try:
+        declared = TransformerBlockRegistry.get(type(block))
+    except ValueError:
+        return None
+    image, text = declared.return_hidden_states_index, declared.return_encoder_hidden_states_index
+    if text is None:
+        return BlockIO((declared.hidden_states_argument_name,))
+    names = (declared.hidden_states_argument_name, declared.encoder_hidden_states_argument_name)
+    return BlockIO(names, (image, text))
+
+
+def _bare_io(block: nn.Module) -> BlockIO:
+    parameters = list(inspect.signature(type(block).forward).parameters)[1:]
+    if not parameters:
+        raise UnsupportedBackboneError(f"{type(block).__name__}.forward takes no hidden state.")
+    return BlockIO((parameters[0],))

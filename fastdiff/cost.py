@@ -1,0 +1,186 @@
+"""What a plan costs: multiply-accumulates counted by torch, and latency measured on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from fastdiff.plan import Action, check_same_units
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastdiff.backbones import Backbone
+    from fastdiff.plan import ComputePlan
+
+
+@dataclass(frozen=True, eq=False)
+class UnitCosts:
+    """What one evaluation of a denoiser costs, for one shape of its inputs.
+
+    Args:
+        units: the units' names.
+        macs: multiply-accumulates of each unit, shape ``(units,)``; of the whole batch.
+        fixed_macs: those outside the units (embeddings, output layers), which every evaluation pays.
+        latency: seconds of each unit, shape ``(units,)``.
+        fixed_latency: seconds outside the units.
+    """
+
+    units: tuple[str, ...]
+    macs: np.ndarray
+    fixed_macs: float
+    latency: np.ndarray
+    fixed_latency: float
+
+    @property
+    def total_macs(self) -> float:
+        """MACs of one full evaluation."""
+        return float(self.macs.sum() + self.fixed_macs)
+
+    @property
+    def total_latency(self) -> float:
+        """Seconds of one full evaluation."""
+        return float(self.latency.sum() + self.fixed_latency)
+
+    def macs_of(self, actions: Sequence[int]) -> float:
+        """MACs of one evaluation in which each unit does what ``actions`` say."""
+        return float(self.macs[np.asarray(actions) == Action.COMPUTE].sum() + self.fixed_macs)
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """A plan's price.
+
+    Args:
+        macs: multiply-accumulates of the whole sampling call, one guidance branch; None where only shares are known.
+        macs_share: as a share of computing everything, in (0, 1].
+        speedup: full latency over the plan's, of the denoiser alone; what reuse itself costs is not counted.
+    """
+
+    macs: float | None
+    macs_share: float
+    speedup: float
+
+
+def price(plan: ComputePlan, costs: UnitCosts | None = None) -> PlanCost:
+    """Price a plan; without measured costs all units are taken as equal and everything else as free.
+
+    Raises:
+        ProfileMismatchError: if the costs are of other units.
+    """
+    computed = plan.table == Action.COMPUTE
+    if costs is None:
+        return PlanCost(None, plan.share, 1 / plan.share)
+    check_same_units(plan.units, costs.units)
+    macs = float((computed * costs.macs).sum() + plan.evaluations * costs.fixed_macs)
+    seconds = float((computed * costs.latency).sum() + plan.evaluations * costs.fixed_latency)
+    share = macs / (plan.evaluations * costs.total_macs)
+    return PlanCost(macs, share, plan.evaluations * costs.total_latency / seconds)
+
+
+_measured: WeakKeyDictionary[nn.Module, dict[Any, UnitCosts]] = WeakKeyDictionary()
+
+
+def measure(backbone: Backbone, arguments: Mapping[str, Any], repeats: int = 5) -> UnitCosts:
+    """Count MACs and time every unit of a denoiser; remembered for each denoiser and shape of its inputs.
+
+    The units' hooks must be at rest, so that everything is computed.
+
+    Args:
+        backbone: the denoiser's units.
+        arguments: a call's arguments by name, on the denoiser's device.
+        repeats: timed evaluations, after one to warm up; the median is taken.
+    """
+    known = _measured.setdefault(backbone.denoiser, {})
+    layout = _layout(arguments)
+    if layout not in known:
+        macs, fixed_macs = count_macs(backbone, arguments)
+        latency, fixed_latency = time_units(backbone, arguments, repeats)
+        known[layout] = UnitCosts(backbone.names, macs, fixed_macs, latency, fixed_latency)
+    return known[layout]
+
+
+def count_macs(backbone: Backbone, arguments: Mapping[str, Any]) -> tuple[np.ndarray, float]:
+    """MACs of each unit and of the rest in one evaluation, half of what torch's ``FlopCounterMode`` counts."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        flops, total = _per_unit(backbone, arguments, counter.get_total_flops)
+    return flops / 2, (total - flops.sum()) / 2
+
+
+def time_units(backbone: Backbone, arguments: Mapping[str, Any], repeats: int) -> tuple[np.ndarray, float]:
+    """Seconds of each unit and of the rest in one evaluation, the median over some repeats."""
+    runs = [_per_unit(backbone, arguments, _clock(backbone)) for _ in range(repeats + 1)][1:]
+    units = np.median([seconds for seconds, _ in runs], axis=0)
+    return units, max(median(total for _, total in runs) - float(units.sum()), 0.0)
+
+
+def _per_unit(
+    backbone: Backbone, arguments: Mapping[str, Any], read: Callable[[], float]
+) -> tuple[np.ndarray, float]:
+    """How much a reading grows over each unit and over one whole evaluation."""
+    import torch
+
+    grown = np.zeros(len(backbone.units))
+
+    def enter(index: int) -> None:
+        grown[index] -= read()
+
+    def leave(index: int) -> None:
+        grown[index] += read()
+
+    with _around_units(backbone, enter, leave):
+        start = read()
+        with torch.no_grad():
+            backbone.denoiser.forward(**arguments)
+        return grown, read() - start
+
+
+@contextmanager
+def _around_units(
+    backbone: Backbone, before: Callable[[int], None], after: Callable[[int], None]
+) -> Iterator[None]:
+    handles = []
+    for index, unit in enumerate(backbone.units):
+        handles.append(unit.module.register_forward_pre_hook(lambda *_, index=index: before(index)))
+        handles.append(unit.module.register_forward_hook(lambda *_, index=index: after(index)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _clock(backbone: Backbone) -> Callable[[], float]:
+    """Wall-clock seconds, after the device has finished what it was given."""
+    import torch
+
+    device = next((parameter.device for parameter in backbone.denoiser.parameters()), torch.device("cpu"))
+    if device.type == "cpu":
+        return time.perf_counter
+    synchronize = getattr(torch, device.type).synchronize
+
+    def read() -> float:
+        synchronize()
+        return time.perf_counter()
+
+    return read
+
+
+def _layout(value: Any) -> Any:
+    """What of a call's arguments decides its cost: shapes, dtypes and device, not values."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return tuple(value.shape), str(value.dtype), str(getattr(value, "device", ""))
+    if isinstance(value, Mapping):
+        return tuple((key, _layout(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_layout, value))
+    return str(type(value))

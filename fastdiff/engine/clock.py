@@ -1,0 +1,151 @@
+"""The step clock: which evaluation of the sampling loop comes next, told by the scheduler and never by a timestep."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The evaluations that one sampling loop is going to make.
+
+    Args:
+        timesteps: in the units the scheduler was trained in, shape ``(evaluations,)``, noisiest first, float64.
+        log_snr: log of the signal-to-noise power ratio at each of them, same shape; NaN where unknown.
+        training_steps: length of the training grid that timesteps are counted on, e.g. 1000.
+        in_training_units: False where the scheduler's timesteps are some other function of the noise level.
+    """
+
+    timesteps: np.ndarray
+    log_snr: np.ndarray
+    training_steps: int
+    in_training_units: bool
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def since(self, first: int) -> Grid:
+        """The grid from evaluation ``first`` on."""
+        return Grid(self.timesteps[first:], self.log_snr[first:], self.training_steps, self.in_training_units)
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Grid:
+        """Read a scheduler's grid after its ``set_timesteps``; one device transfer."""
+        timesteps = torch.as_tensor(scheduler.timesteps).detach().cpu().double().numpy()
+        training_steps = int(scheduler.config.get("num_train_timesteps", 1000))
+        preconditioned = "sigma_data" in scheduler.config  # EDM: timesteps are a function of log sigma
+        return cls(timesteps, _log_snr(scheduler, timesteps, training_steps), training_steps, not preconditioned)
+
+
+def _log_snr(scheduler: Any, timesteps: np.ndarray, training_steps: int) -> np.ndarray:
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    with np.errstate(divide="ignore"):
+        if alphas is not None:
+            alphas = torch.as_tensor(alphas).detach().cpu().double().numpy()
+            signal = np.interp(timesteps, np.arange(len(alphas)), alphas)
+            return np.log(signal) - np.log1p(-signal)
+        if "sigma_data" in scheduler.config:
+            sigmas = torch.as_tensor(scheduler.sigmas).detach().cpu().double().numpy()
+            repeats = np.interp(np.arange(len(timesteps)), np.linspace(0, len(timesteps), len(sigmas)), sigmas)
+            return -2 * np.log(repeats)
+        if "shift" in scheduler.config or "use_flow_sigmas" in scheduler.config:  # rectified flow: x_t = (1-s) x + s e
+            noise = np.clip(timesteps / training_steps, 0, 1)
+            return 2 * (np.log1p(-noise) - np.log(noise))
+    return np.full_like(timesteps, np.nan)
+
+
+class _Watched:
+    """A scheduler's method that tells somebody when it returns. A copy of the scheduler is not watched."""
+
+    def __init__(self, scheduler: Any, name: str, then: Callable[[], None]) -> None:
+        self._scheduler = scheduler
+        self._name = name
+        self._then = then
+        functools.update_wrapper(self, getattr(scheduler, name))  # pipelines inspect the signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
+        self._then()
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self._scheduler)]
+        return getattr(type(copied), self._name).__get__(copied)
+
+
+class StepClock:
+    """Counts the evaluations of a sampling loop by watching a scheduler, from `attach` to `detach`.
+
+    The clock ticks when ``scheduler.step`` returns; denoiser calls between two ticks are guidance branches of one
+    evaluation. A second ``step`` without a denoiser call between (one more latent, say) does not tick.
+
+    Args:
+        on_tick: called after every tick.
+        on_start: called whenever a new grid was set.
+    """
+
+    def __init__(self, on_tick: Callable[[], None], on_start: Callable[[], None]) -> None:
+        self.grid: Grid | None = None
+        self.evaluation = 0
+        self.in_evaluation = False
+        self._on_tick = on_tick
+        self._on_start = on_start
+        self._schedulers: list[Any] = []
+
+    def attach(self, scheduler: Any) -> None:
+        """Watch this scheduler object; its class and its config stay as they are."""
+        self._schedulers.append(scheduler)
+        scheduler.set_timesteps = _Watched(scheduler, "set_timesteps", lambda: self.start(Grid.of(scheduler)))
+        scheduler.step = _Watched(scheduler, "step", self.tick)
+
+    def detach(self) -> None:
+        """Stop watching."""
+        for scheduler in self._schedulers:
+            for name in ("set_timesteps", "step"):
+                vars(scheduler).pop(name, None)
+        self._schedulers.clear()
+
+    def start(self, grid: Grid) -> None:
+        """Begin at the first evaluation of a new grid."""
+        self.grid = grid
+        self.evaluation = 0
+        self.in_evaluation = False
+        self._on_start()
+
+    def tick(self) -> None:
+        """Go on to the next evaluation, if the denoiser was called in this one."""
+        if self.in_evaluation:
+            self.evaluation += 1
+            self.in_evaluation = False
+            self._on_tick()
+
+    def skip_to(self, evaluation: int) -> None:
+        """Begin inside the grid."""
+        self.evaluation = evaluation
+
+    def begin_index(self, timestep: Any) -> int | None:
+        """Where on the grid a loop starts whose first denoiser call was given this timestep; None if unclear.
+
+        Image-to-image pipelines start inside the grid. A scheduler that was told where says so; else the timestep is
+        looked for, once and on the host, in every unit that diffusers' pipelines hand to their denoisers.
+        """
+        assert self.grid is not None
+        for scheduler in self._schedulers:
+            if getattr(scheduler, "begin_index", None) is not None:
+                return int(scheduler.begin_index)
+        if timestep is None:
+            return None
+        value = float(torch.as_tensor(timestep).detach().flatten()[0].double().cpu())
+        scale = self.grid.training_steps
+        candidates = np.array([value, value * scale, (1 - value) * scale, scale - value])
+        near = np.abs(self.grid.timesteps[:, None] - candidates) < 1e-3 * scale / len(self.grid)
+        if near[0].any():
+            return 0
+        rows = np.flatnonzero(near[:, 0]) if near[:, 0].any() else np.flatnonzero(near.any(axis=1))
+        return int(rows[0]) if len(rows) else None

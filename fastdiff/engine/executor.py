@@ -1,0 +1,232 @@
+"""The executor of one denoiser: before each of its calls it picks the plan's row and tells every unit what to do."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdiff.backbones import unwrap
+from fastdiff.cost import measure
+from fastdiff.engine.branches import Branch, BranchFinder
+from fastdiff.engine.clock import StepClock
+from fastdiff.engine.hooks import COMPUTE, Cell, InstalledHooks
+from fastdiff.engine.program import Key, Program, Residual, Reuse, lower
+from fastdiff.engine.record import Call, DenoiserRecord
+from fastdiff.methods.base import PlanRequest
+from fastdiff.plan import Action, ComputePlan
+
+Planner = Callable[[PlanRequest], ComputePlan]
+"""Makes the plan for the evaluations to come."""
+
+
+class _BranchState:
+    """What one guidance branch keeps: residuals, and the layout of the sample they belong to."""
+
+    def __init__(self, layout: tuple[Any, ...]) -> None:
+        self.layout = layout
+        self.residuals: dict[Key, Residual] = {}
+
+    def holds(self, key: Key) -> bool:
+        """Whether the residual was computed and not freed since."""
+        return key in self.residuals and self.residuals[key].value is not None
+
+
+class Executor:
+    """Runs plans on one denoiser for one sampling call, between `open` and `close`.
+
+    Args:
+        hooks: the acting hooks on the denoiser's units.
+        clock: the call's step clock.
+        planner: makes the plan, once for each grid.
+        exit_heads: modules that turn the hidden state at an exit into one for the output layers, by unit name.
+    """
+
+    def __init__(
+        self,
+        hooks: InstalledHooks,
+        clock: StepClock,
+        planner: Planner,
+        exit_heads: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.hooks = hooks
+        self.backbone = hooks.backbone
+        self.record = DenoiserRecord(self.backbone.class_name, self.backbone.names)
+        self.context: str | None = None
+        self._clock = clock
+        self._planner = planner
+        self._heads = dict(exit_heads or {})
+        self._signature = inspect.signature(type(self.backbone.denoiser).forward)
+        self._attached: list[Callable[[], None]] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Drop everything that belongs to the grid before."""
+        self._program: Program | None = None
+        self._first_evaluation = 0
+        self._branches: dict[Branch, _BranchState] = {}
+        self._finder = BranchFinder()
+
+    # -- the sampling call -------------------------------------------------------------------------------------------
+
+    def open(self, denoiser: nn.Module) -> None:
+        """Start watching calls of the denoiser, compiled or not, from outside any compiled code."""
+        if getattr(denoiser, "_compiled_call_impl", None) is not None:
+            self._watch_compiled(denoiser)
+        else:
+            handle = denoiser.register_forward_pre_hook(
+                lambda module, args, kwargs: self.before_call(args, kwargs), with_kwargs=True, prepend=True
+            )
+            self._attached.append(handle.remove)
+        self._watch_context(unwrap(denoiser))
+
+    def close(self) -> None:
+        """Stop watching and free what was kept."""
+        while self._attached:
+            self._attached.pop()()
+        self.hooks.compute_all()
+        self.restart()
+
+    def _watch_compiled(self, denoiser: nn.Module) -> None:
+        """`Module.compile` puts forward hooks into the graph; go before it."""
+        compiled = denoiser._compiled_call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.before_call(args, kwargs)
+            return compiled(*args, **kwargs)
+
+        denoiser._compiled_call_impl = call  # type: ignore[assignment]
+
+        def restore() -> None:
+            denoiser._compiled_call_impl = compiled
+
+        self._attached.append(restore)
+
+    def _watch_context(self, denoiser: nn.Module) -> None:
+        """Learn the name of the guidance branch from pipelines that open a `cache_context`."""
+        opened = getattr(denoiser, "cache_context", None)
+        if opened is None:
+            return
+        executor = self
+
+        class Context:
+            def __init__(self, name: str, *args: Any, **kwargs: Any) -> None:
+                self.name = name
+                self.inner = opened(name, *args, **kwargs)
+
+            def __enter__(self) -> Any:
+                executor.context = self.name
+                return self.inner.__enter__()
+
+            def __exit__(self, *error: Any) -> Any:
+                executor.context = None
+                return self.inner.__exit__(*error)
+
+        denoiser.cache_context = Context  # type: ignore[assignment]
+        self._attached.append(lambda: vars(denoiser).pop("cache_context", None))
+
+    # -- one denoiser call -------------------------------------------------------------------------------------------
+
+    def before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pick the row for the coming call and arm the units' hooks with it."""
+        clock = self._clock
+        if clock.grid is None:
+            return self._compute_in_full("the scheduler's timesteps were not set", None, clock.evaluation)
+        arguments = self._signature.bind(None, *args, **kwargs).arguments
+        arguments.pop("self", None)
+        if self._program is None:
+            self._start(arguments)
+        assert self._program is not None
+        clock.in_evaluation = True
+        branch = self._finder.find(self.context, arguments)
+        row = clock.evaluation - self._first_evaluation
+        if row >= self._program.plan.evaluations:
+            return self._compute_in_full("more evaluations than the scheduler's grid has", branch, clock.evaluation)
+        if arguments.get("skip_layers"):
+            return self._compute_in_full("the pipeline itself leaves out layers (skip_layers)", branch, clock.evaluation)
+        state = self._state(branch, arguments)
+        readings = self._program.readings[row]
+        if any(not state.holds(key) for reading in readings for key in reading.sources):
+            return self._compute_in_full("nothing kept to reuse for this branch and shape", branch, clock.evaluation)
+        self.hooks.set_cells(self._cells(row, state))
+        actions = tuple(self._program.plan.table[row].tolist())
+        self.record.calls.append(Call(clock.evaluation, branch, actions))
+
+    def _compute_in_full(self, reason: str, branch: Branch | None, evaluation: int) -> None:
+        self._clock.in_evaluation = True
+        self.hooks.compute_all()
+        self.record.fallbacks[reason] += 1
+        actions = (int(Action.COMPUTE),) * len(self.backbone.units)
+        self.record.calls.append(Call(evaluation, branch or Branch(self.context, 0, 0), actions))
+
+    def _start(self, arguments: Mapping[str, Any]) -> None:
+        """Lower the methods for the evaluations from this denoiser's first call on."""
+        clock = self._clock
+        assert clock.grid is not None
+        timestep = next((value for name, value in arguments.items() if name in ("timestep", "timesteps", "t")), None)
+        begin = 0
+        if clock.evaluation == 0:
+            begin = clock.begin_index(timestep) or 0
+            clock.skip_to(begin)
+        self._first_evaluation = clock.evaluation
+        self.hooks.compute_all()
+        self.record.measure = functools.partial(measure, self.backbone, dict(arguments))
+        request = PlanRequest(self.backbone, clock.grid.since(clock.evaluation), self.record.measure)
+        self._program = lower(self._planner(request), self.backbone)
+        self.record.plans.append(self._program.plan)
+
+    def _state(self, branch: Branch, arguments: Mapping[str, Any]) -> _BranchState:
+        sample = next(value for value in arguments.values() if value is not None)
+        sample = sample[0] if isinstance(sample, (list, tuple)) else sample
+        layout = (sample.shape, sample.dtype, sample.device) if isinstance(sample, torch.Tensor) else ()
+        state = self._branches.get(branch)
+        if state is None or state.layout != layout:
+            state = self._branches[branch] = _BranchState(layout)
+        return state
+
+    def _cells(self, row: int, state: _BranchState) -> list[Cell]:
+        program = self._program
+        assert program is not None
+        exits = False
+        cells = []
+        for name, action in zip(self.backbone.names, program.plan.table[row], strict=True):
+            head = self._heads.get(name) if action == Action.EXIT and not exits else None
+            exits = action == Action.EXIT
+            cells.append(COMPUTE if action == Action.COMPUTE else Cell(compute=False, head=head))
+        for key in program.captures[row]:
+            residual = state.residuals[key] = Residual()
+            for column in {key.run.first, key.run.last}:
+                if cells[column] is COMPUTE:
+                    cells[column] = Cell()
+                    cells[column].plain = False
+            cells[key.run.first].opens.append(residual)
+            cells[key.run.last].keeps.append(residual)
+        for reading in program.readings[row]:
+            sources = tuple(state.residuals[key] for key in reading.sources)
+            reuse = Reuse(sources, _as_tensor(reading.weights))
+            cells[reading.run.first].opens.append(reuse)
+            cells[reading.run.last].reuse = reuse
+        return cells
+
+    # -- between calls -----------------------------------------------------------------------------------------------
+
+    def next_evaluation(self) -> None:
+        """Free what no later row reads and note how much is held."""
+        self._finder.next_evaluation()
+        if self._program is None:
+            return
+        kept = [residual for state in self._branches.values() for residual in state.residuals.values()]
+        self.record.peak_bytes = max(self.record.peak_bytes, sum(residual.nbytes for residual in kept))
+        row = self._clock.evaluation - self._first_evaluation
+        for state in self._branches.values():
+            for key in [key for key in state.residuals if self._program.last_reader[key] < row]:
+                del state.residuals[key]
+
+
+def _as_tensor(weights: tuple[float, ...]) -> torch.Tensor | None:
+    """Weights as a tensor on the host, whose values a compiler does not guard on; None to carry one value over."""
+    return None if len(weights) == 1 else torch.tensor(weights, dtype=torch.float32)

@@ -1,0 +1,161 @@
+"""The acting hook on each unit. This is the only module that touches diffusers' hook registry, which is private API."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
+
+from fastdiff.backbones import Backbone
+from fastdiff.backbones.base import BlockIO, Streams
+from fastdiff.engine.program import Residual, Reuse
+from fastdiff.errors import StateError
+
+HOOK_NAME = "fastdiff"
+
+
+class Cell:
+    """What one unit does in one evaluation of one guidance branch; plain Python that a compiler can read.
+
+    Args:
+        compute: whether the unit runs.
+        opens: residuals and reuses whose run starts with this unit's input.
+        keeps: residuals whose run ends with this unit's output.
+        reuse: the reuse whose run ends here.
+        head: turns the hidden state into one that the model's output layers can read, at an exit.
+        rows: indices of the samples that the unit runs for, shape ``(active,)``; the others pass through.
+    """
+
+    __slots__ = ("compute", "head", "keeps", "opens", "plain", "reuse", "rows")
+
+    def __init__(self, compute: bool = True, head: nn.Module | None = None, rows: torch.Tensor | None = None) -> None:
+        self.compute = compute
+        self.opens: list[Residual | Reuse] = []
+        self.keeps: list[Residual] = []
+        self.reuse: Reuse | None = None
+        self.head = head
+        self.rows = rows
+        self.plain = compute and rows is None  # until something is kept
+
+
+COMPUTE = Cell()
+
+
+class UnitHook(ModelHook):
+    """Runs, reuses or passes one unit, as its current cell says."""
+
+    def __init__(self, io: BlockIO) -> None:
+        super().__init__()
+        self.io = io
+        self.cell = COMPUTE
+        self.clones_input = False  # set where a block is seen to write into its input
+        self.wrapped: Callable[..., Any] | None = None  # the unit's forward with this hook in it
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward = self.fn_ref.original_forward
+        cell = self.cell
+        if cell.plain:
+            return forward(*args, **kwargs)
+        streams = self.io.read(args, kwargs)
+        for run in cell.opens:
+            run.start = _clone(streams) if self.clones_input else streams
+        if cell.rows is not None:
+            return compute_rows(forward, self.io, cell.rows, args, kwargs)
+        if cell.compute:
+            output = forward(*args, **kwargs)
+            for residual in cell.keeps:
+                residual.finish(self.io.parse(output))
+            return output
+        if cell.reuse is not None:
+            streams = cell.reuse.finish()
+        if cell.head is not None:
+            streams = (cell.head(streams[0]), *streams[1:])
+        return self.io.build(streams)
+
+
+def _clone(streams: Streams) -> Streams:
+    return tuple(stream.clone() if isinstance(stream, torch.Tensor) else stream for stream in streams)
+
+
+def compute_rows(
+    forward: Callable[..., Any], io: BlockIO, rows: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run a unit for some samples of the batch only; the others keep their streams. Differentiable.
+
+    Args:
+        rows: sample indices, shape ``(active,)``, int64, on the streams' device; may be empty.
+    """
+    streams = io.read(args, kwargs)
+    if rows.numel() == 0:
+        return io.build(streams)
+    batch = streams[0].shape[0]
+
+    def take(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == batch:
+            return value.index_select(0, rows)
+        return value
+
+    output = io.parse(forward(*map(take, args), **{name: take(value) for name, value in kwargs.items()}))
+    pairs = zip(streams, output, strict=True)
+    return io.build(tuple(None if new is None else old.index_copy(0, rows, new) for old, new in pairs))
+
+
+class InstalledHooks:
+    """The acting hooks on one denoiser, from `install` to `remove`."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        for unit in backbone.units:
+            registry = getattr(unit.module, "_diffusers_hook", None)
+            if registry is not None and registry.get_hook(HOOK_NAME) is not None:
+                raise StateError(
+                    f"This {backbone.class_name} is already accelerated, perhaps through another pipeline that shares "
+                    "it. Disable that one first (fastdiff.disable), or load a second copy of the model."
+                )
+        self.backbone = backbone
+        self.hooks = [UnitHook(unit.io) for unit in backbone.units]
+        for unit, hook in zip(backbone.units, self.hooks, strict=True):
+            HookRegistry.check_if_exists_or_initialize(unit.module).register_hook(hook, HOOK_NAME)
+            hook.wrapped = unit.module.forward
+        self._forget_cached_registries()
+
+    def set_cells(self, cells: list[Cell]) -> None:
+        """Tell every unit what to do in the coming evaluation."""
+        for hook, cell in zip(self.hooks, cells, strict=True):
+            hook.cell = cell
+
+    def compute_all(self) -> None:
+        """Make every unit run as if there were no hook."""
+        for hook in self.hooks:
+            hook.cell = COMPUTE
+
+    def remove(self) -> None:
+        """Take the hooks off, leaving each unit's forward as it was found."""
+        for unit, hook in zip(self.backbone.units, self.hooks, strict=True):
+            _remove_hook(unit.module, hook)
+        self._forget_cached_registries()
+
+    def _forget_cached_registries(self) -> None:
+        """Make diffusers look for hooks again: it remembers which blocks had some (since 0.37)."""
+        root = getattr(self.backbone.denoiser, "_diffusers_hook", None)
+        if root is not None and hasattr(root, "_child_registries_cache"):
+            root._child_registries_cache = None
+
+
+def _remove_hook(module: nn.Module, hook: UnitHook) -> None:
+    registry: HookRegistry = module._diffusers_hook
+    outermost = module.__dict__.get("forward")
+    wrapped_since = registry._hook_order[-1] == HOOK_NAME and outermost is not hook.wrapped
+    registry.remove_hook(HOOK_NAME, recurse=False)
+    if wrapped_since:
+        # accelerate wraps a module by calling its `_old_forward`: put ours out of that, and leave the wrapper in place.
+        if module.__dict__.get("_old_forward") is hook.wrapped:
+            module._old_forward = module.forward
+        module.forward = outermost
+    elif getattr(module.forward, "__func__", None) is type(module).forward:
+        del module.__dict__["forward"]
+    if not registry.hooks:
+        del module._diffusers_hook

@@ -1,0 +1,133 @@
+"""The run record: what one sampling call really did, for a person to read and for a test to check."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastdiff.engine.branches import Branch
+from fastdiff.plan import Action, ComputePlan
+
+if TYPE_CHECKING:
+    from fastdiff.cost import UnitCosts
+
+
+@dataclass(frozen=True)
+class Call:
+    """One denoiser call: which evaluation, which guidance branch, and what each unit did."""
+
+    evaluation: int
+    branch: Branch
+    actions: tuple[int, ...]
+
+
+@dataclass
+class DenoiserRecord:
+    """What one denoiser did in one sampling call.
+
+    Args:
+        class_name: the denoiser's class.
+        units: its units' names.
+        calls: every call in order.
+        plans: the plans that were lowered, one for each grid the scheduler was given.
+        fallbacks: reasons for which a call computed more than its plan said, with how often.
+        peak_bytes: most bytes held in kept residuals after any call.
+        measure: counts and times one full evaluation with this call's shapes; takes a few evaluations when first used.
+    """
+
+    class_name: str
+    units: tuple[str, ...]
+    calls: list[Call] = field(default_factory=list)
+    plans: list[ComputePlan] = field(default_factory=list)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    peak_bytes: int = 0
+    measure: Callable[[], UnitCosts] | None = None
+
+    def cells(self, branch: Branch | None = None) -> dict[str, int]:
+        """Cells by action, over all branches or one."""
+        counts = Counter(action for call in self.calls if branch in (None, call.branch) for action in call.actions)
+        return {action.name: counts[action] for action in Action}
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The guidance branches seen, in order of first appearance."""
+        return tuple(dict.fromkeys(call.branch for call in self.calls))
+
+    @property
+    def plan(self) -> ComputePlan:
+        """What was executed, as a plan: the rows of the first guidance branch in order."""
+        if not self.calls:
+            raise ValueError("The denoiser was not called, so there is no executed plan.")
+        rows = [call.actions for call in self.calls if call.branch == self.calls[0].branch]
+        timesteps = self.plans[-1].meta.get("timesteps") if self.plans else None
+        meta = {"denoiser": self.class_name, "methods": ["executed"]}
+        return ComputePlan(np.array(rows), self.units, {**meta, **({"timesteps": timesteps} if timesteps else {})})
+
+    @property
+    def skipped(self) -> int:
+        """Cells that were not computed."""
+        return sum(action != Action.COMPUTE for call in self.calls for action in call.actions)
+
+    @property
+    def computed_share(self) -> float:
+        """Share of all cells that were computed; 1.0 for a denoiser that was not called."""
+        cells = sum(len(call.actions) for call in self.calls)
+        return 1 - self.skipped / cells if cells else 1.0
+
+    @property
+    def macs_share(self) -> float | None:
+        """Share of the full MACs that was spent; None for a denoiser that was not called."""
+        if self.measure is None or not self.calls:
+            return None
+        costs = self.measure()
+        return sum(costs.macs_of(call.actions) for call in self.calls) / (len(self.calls) * costs.total_macs)
+
+    def lines(self) -> Iterator[str]:
+        """The record as indented text."""
+        counts = {name: count for name, count in self.cells().items() if count}
+        yield f"  {len(self.calls)} calls in {len(self.branches)} guidance branch(es), {len(self.units)} units each"
+        yield "  cells: " + ", ".join(f"{count} {name}" for name, count in counts.items())
+        share = self.macs_share
+        macs = "" if share is None else f", MACs {share:.1%} of the full call"
+        yield f"  computed {self.computed_share:.1%} of the cells{macs}; kept at most {self.peak_bytes / 2**20:.2f} MiB"
+        for reason, times in self.fallbacks.items():
+            yield f"  computed in full {times} time(s): {reason}"
+
+
+@dataclass
+class RunRecord:
+    """What one sampling call did.
+
+    Args:
+        methods: the enabled methods, as text.
+        denoisers: one record for each accelerated denoiser, by component name.
+        seconds: wall-clock time of the whole call.
+        completed: False if the call ended in an exception.
+    """
+
+    methods: tuple[str, ...]
+    denoisers: dict[str, DenoiserRecord]
+    seconds: float = 0.0
+    completed: bool = False
+
+    @property
+    def skipped(self) -> int:
+        """Cells that were not computed, over all denoisers."""
+        return sum(record.skipped for record in self.denoisers.values())
+
+    @property
+    def calls(self) -> int:
+        """Denoiser calls, over all denoisers."""
+        return sum(len(record.calls) for record in self.denoisers.values())
+
+    def summary(self) -> str:
+        """The record as text."""
+        state = "" if self.completed else " (ended early)"
+        lines = [f"{' + '.join(self.methods) or 'no method'}: {self.seconds:.2f} s{state}"]
+        for name, record in self.denoisers.items():
+            lines += [f"{name} ({record.class_name})", *record.lines()]
+        return "\n".join(lines)

@@ -1,0 +1,140 @@
+"""One sampling call from its first to its last denoiser evaluation, however it ends."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdiff.backbones import view
+from fastdiff.engine.clock import Grid, StepClock
+from fastdiff.engine.executor import Executor
+from fastdiff.engine.hooks import InstalledHooks
+from fastdiff.engine.record import RunRecord
+from fastdiff.errors import FastDiffNoEffectWarning
+from fastdiff.methods.base import Method, as_methods, make_planner
+
+FEW_STEPS = 8
+"""Below this many evaluations there is little to reuse between them."""
+
+
+class SamplingRun:
+    """Attaches methods to denoisers and schedulers for the length of one sampling call.
+
+    Args:
+        denoisers: component name to (module as the pipeline calls it, hooks on its units).
+        schedulers: the schedulers whose ``set_timesteps`` and ``step`` tell the clock.
+        methods: what to do.
+
+    Use it as a context manager; leaving it, also by an exception, frees everything it kept.
+    """
+
+    def __init__(
+        self,
+        denoisers: Mapping[str, tuple[nn.Module, InstalledHooks]],
+        schedulers: Iterable[Any],
+        methods: Iterable[Method],
+    ) -> None:
+        self._methods = tuple(methods)
+        self._schedulers = tuple(schedulers)
+        self._modules = {name: module for name, (module, _) in denoisers.items()}
+        self.clock = StepClock(on_tick=self._next_evaluation, on_start=self._restart)
+        planner = make_planner(self._methods)
+        heads = {unit: head for method in self._methods for unit, head in method.exit_heads().items()}
+        self._executors = {
+            name: Executor(hooks, self.clock, planner, heads) for name, (_, hooks) in denoisers.items()
+        }
+        records = {name: executor.record for name, executor in self._executors.items()}
+        self.record = RunRecord(tuple(str(method) for method in self._methods), records)
+
+    def tick(self) -> None:
+        """End an evaluation by hand, in a loop that has no scheduler."""
+        self.clock.tick()
+
+    def __enter__(self) -> SamplingRun:
+        self._started = time.perf_counter()
+        for scheduler in self._schedulers:
+            self.clock.attach(scheduler)
+        for name, executor in self._executors.items():
+            executor.open(self._modules[name])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for executor in self._executors.values():
+            executor.close()
+        self.clock.detach()
+        self.record.seconds = time.perf_counter() - self._started
+        self.record.completed = kind is None
+        if kind is None:
+            self._warn_without_effect()
+
+    def _next_evaluation(self) -> None:
+        for executor in self._executors.values():
+            executor.next_evaluation()
+
+    def _restart(self) -> None:
+        for executor in self._executors.values():
+            executor.restart()
+
+    def _warn_without_effect(self) -> None:
+        if self.record.skipped or all(method.is_neutral for method in self._methods):
+            return
+        reasons = {reason for record in self.record.denoisers.values() for reason in record.fallbacks}
+        if not self.record.calls:
+            reasons = {"no accelerated denoiser was called"}
+        elif not reasons and self.clock.grid is not None and len(self.clock.grid) <= FEW_STEPS:
+            reasons = {f"{len(self.clock.grid)} evaluations are too few for this setting; see the plan"}
+        why = "; ".join(sorted(reasons)) or "the plan computes every unit in every evaluation"
+        names = " + ".join(self.record.methods)
+        warnings.warn(f"{names} skipped nothing in this call: {why}.", FastDiffNoEffectWarning, stacklevel=3)
+
+
+@contextmanager
+def sampling_run(
+    denoiser: nn.Module,
+    methods: Any,
+    *,
+    scheduler: Any = None,
+    timesteps: torch.Tensor | None = None,
+    training_steps: int = 1000,
+) -> Iterator[SamplingRun]:
+    """Accelerate a denoiser in a sampling loop of your own, for the length of a ``with`` block.
+
+    Args:
+        denoiser: a supported denoiser (`fastdiff.backbones.view`).
+        methods: one method or several.
+        scheduler: a diffusers scheduler; its ``set_timesteps`` and ``step`` must be called inside the block.
+        timesteps: for a loop without scheduler, the timesteps of its evaluations, noisiest first, shape
+            ``(evaluations,)``. Call ``run.tick()`` after each evaluation then.
+        training_steps: length of the training grid that ``timesteps`` are counted on.
+
+    Yields:
+        The run; its ``record`` says afterwards what happened.
+
+    Raises:
+        UnsupportedBackboneError: if the denoiser's units cannot be found.
+        StateError: if the denoiser is accelerated already.
+        ValueError: if not exactly one of ``scheduler`` and ``timesteps`` is given.
+    """
+    if (scheduler is None) == (timesteps is None):
+        raise ValueError("Give either the scheduler of the loop or the timesteps of its evaluations.")
+    hooks = InstalledHooks(view(denoiser))
+    try:
+        schedulers = () if scheduler is None else (scheduler,)
+        with SamplingRun({"denoiser": (denoiser, hooks)}, schedulers, as_methods(methods)) as run:
+            if timesteps is not None:
+                grid = timesteps.detach().double().cpu().numpy()
+                run.clock.start(Grid(grid, grid * float("nan"), training_steps, True))
+            yield run
+    finally:
+        hooks.remove()
+
+

@@ -1,0 +1,10 @@
+"""The published methods, one file each: a frozen configuration that turns into a compute plan."""
+
+from __future__ import annotations
+
+from fastdiff.methods.base import Method, PlanRequest, SavedPlan, as_methods
+from fastdiff.methods.exit_schedule import ExitSchedule
+from fastdiff.methods.feature_inheritance import FeatureInheritance
+from fastdiff.methods.layer_skipping import LayerSkipping
+
+__all__ = ["ExitSchedule", "FeatureInheritance", "LayerSkipping", "Method", "PlanRequest", "SavedPlan", "as_methods"]

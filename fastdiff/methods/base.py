@@ -1,0 +1,164 @@
+"""What every method is: a frozen configuration that round-trips through JSON and turns into a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from fastdiff.errors import ConfigError
+from fastdiff.plan import ComputePlan, merge
+
+if TYPE_CHECKING:
+    from fastdiff.backbones import Backbone
+    from fastdiff.cost import UnitCosts
+    from fastdiff.engine.clock import Grid
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a method may look at when it makes a plan.
+
+    Args:
+        backbone: the denoiser's units.
+        grid: the evaluations to come.
+        costs: measures each unit's latency on this machine, for the shapes of this call (`fastdiff.cost.measure`).
+    """
+
+    backbone: Backbone
+    grid: Grid
+    costs: Callable[[], UnitCosts]
+
+    def full_plan(self, method: Method) -> ComputePlan:
+        """A plan that computes everything, labelled with the method."""
+        timesteps = [float(timestep) for timestep in self.grid.timesteps]
+        meta = {"denoiser": self.backbone.class_name, "timesteps": timesteps, "methods": [str(method)]}
+        return ComputePlan.full(len(self.grid), self.backbone.names, **meta)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods. Subclasses are frozen dataclasses of JSON-compatible fields and are checked when made."""
+
+    registry: ClassVar[dict[str, type[Method]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Method.registry[cls.__name__] = cls
+
+    def plan(self, request: PlanRequest) -> ComputePlan:
+        """The plan for one sampling call."""
+        raise NotImplementedError
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether this setting asks for nothing to be skipped."""
+        return False
+
+    def exit_heads(self) -> Mapping[str, nn.Module]:
+        """Modules that read the hidden state at an exit, by the name of the first unit that does not run."""
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-compatible form that `from_dict` reads."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"type": type(self).__name__, **plain}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Method:
+        """Make a method from its `to_dict` form.
+
+        Raises:
+            ConfigError: if the type or a field is unknown, or a value is not allowed.
+        """
+        if not isinstance(data, Mapping) or "type" not in data:
+            raise ConfigError(f"A saved method is a JSON object with a 'type'; got {data!r}.")
+        cls = Method.registry.get(str(data["type"]))
+        if cls is None:
+            known = ", ".join(sorted(Method.registry))
+            raise ConfigError(f"There is no method {data['type']!r}; the methods are {known}.")
+        names = [field.name for field in fields(cls) if field.init]
+        if unknown := set(data) - {"type", *names}:
+            raise ConfigError(
+                f"{cls.__name__} has no field {', '.join(sorted(map(repr, unknown)))}; its fields are {', '.join(names)}."
+            )
+        values = {name: value for name, value in data.items() if name != "type"}
+        try:
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__} cannot be made from {values}: {error}.") from error
+
+    def __str__(self) -> str:
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.init and getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+@dataclass(frozen=True)
+class SavedPlan(Method):
+    """A plan made elsewhere, used as a method: same units, same number of evaluations, or an error."""
+
+    saved: ComputePlan = None  # type: ignore[assignment]
+
+    def plan(self, request: PlanRequest) -> ComputePlan:
+        if self.saved.evaluations != len(request.grid):
+            from fastdiff.errors import ProfileMismatchError
+
+            raise ProfileMismatchError(
+                f"The plan is for {self.saved.evaluations} evaluations, this call makes {len(request.grid)}. "
+                "Use the step count and scheduler it was made for, or make a new plan."
+            )
+        return self.saved
+
+    @property
+    def is_neutral(self) -> bool:
+        return self.saved.share == 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": "SavedPlan", "saved": self.saved.to_dict()}
+
+
+def make_planner(methods: Sequence[Method]) -> Callable[[PlanRequest], ComputePlan]:
+    """One planner for several methods: their plans, merged."""
+
+    def planner(request: PlanRequest) -> ComputePlan:
+        if not methods:
+            raise ConfigError("There is no method to make a plan from.")
+        return merge(method.plan(request) for method in methods)
+
+    return planner
+
+
+def as_methods(methods: Any) -> tuple[Method, ...]:
+    """Accept one method or several, and plans in their place.
+
+    Raises:
+        ConfigError: if something else was given.
+    """
+    given = methods if isinstance(methods, (list, tuple)) else [methods]
+    made = tuple(SavedPlan(method) if isinstance(method, ComputePlan) else method for method in given)
+    for method in made:
+        if not isinstance(method, Method):
+            known = ", ".join(sorted(Method.registry))
+            raise ConfigError(f"Expected methods ({known} or a ComputePlan); got {method!r}.")
+    return made
+
+
+def check_number(method: Any, name: str, low: float, high: float, *, whole: bool = False) -> None:
+    """Refuse a field that is no number, NaN, or outside ``low..high``.
+
+    Raises:
+        ConfigError: naming the field, the value and the range.
+    """
+    value = getattr(method, name)
+    kind = "a whole number" if whole else "a number"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or math.isnan(value) or not low <= value <= high or (whole and value != int(value)):
+        raise ConfigError(f"{type(method).__name__}.{name} is {kind} from {low:g} to {high:g}; got {value!r}.")

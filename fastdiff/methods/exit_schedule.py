@@ -1,0 +1,186 @@
+"""Adaptive Score Estimation: a fixed map from timestep to the number of blocks that run.
+
+Moon et al., "A Simple Early Exiting Framework for Accelerated Sampling in Diffusion Models", ICML 2024
+(arXiv 2408.05927), section 3; the step family is the two-depth schedule of DuoDiff.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastdiff.errors import ConfigError
+from fastdiff.methods.base import Method, PlanRequest, check_number
+from fastdiff.plan import Action, ComputePlan
+
+if TYPE_CHECKING:
+    from fastdiff.engine.clock import Grid
+
+PRESETS: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {
+    "full": ((0,), (28,)),
+    "ase-demo": (tuple(range(0, 1000, 100)), (28, 28, 24, 24, 20, 20, 16, 16, 12, 12)),
+}
+"""Named schedules: lower bin edges in training timesteps and depths for a model of 28 blocks."""
+
+
+@dataclass(frozen=True)
+class ExitSchedule(Method):
+    """Run only the first ``S(t)`` units at timestep t; the model's own output layers read that hidden state.
+
+    Use it with a model fine-tuned under the same schedule: without that the output layers see features they were never
+    trained on, and the result is experimental.
+
+    Args:
+        preset: ``"full"`` or ``"ase-demo"`` (the one schedule whose table is public), or None to give a table.
+        bin_edges: lower edges of the bins, ascending; the first bin also catches what lies below, the last what lies
+            above. Training timesteps from 0 (clean) up, or log signal-to-noise ratios from noisy to clean.
+        depths: units to run in each bin, at least 1.
+        full: number of units the depths are meant for; they are scaled to the model. None takes them as they are.
+        space: what ``bin_edges`` measure, ``"timestep"`` or ``"logsnr"``.
+        heads: folder of trained exit heads (`fastdiff.engine.heads.ExitHeads.save_pretrained`), or None.
+
+    Raises:
+        ConfigError: for an unknown preset or a table that is no schedule.
+    """
+
+    preset: str | None = None
+    bin_edges: tuple[float, ...] = ()
+    depths: tuple[int, ...] = ()
+    full: int | None = None
+    space: str = "timestep"
+    heads: str | None = None
+    _loaded_heads: dict[str, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.preset is not None:
+            self._take_preset()
+        if self.space not in ("timestep", "logsnr"):
+            raise ConfigError(f"ExitSchedule.space is 'timestep' or 'logsnr'; got {self.space!r}.")
+        edges, depths = self.bin_edges, self.depths
+        if len(edges) != len(depths) or not edges:
+            raise ConfigError(
+                f"ExitSchedule needs one depth for each bin edge, at least one; got {len(edges)} edges and "
+                f"{len(depths)} depths. Or name a preset: {', '.join(PRESETS)}."
+            )
+        if not np.isfinite(np.asarray(edges, dtype=float)).all() or not (np.diff(edges) > 0).all():
+            raise ConfigError(f"ExitSchedule.bin_edges are finite and ascending; got {edges}.")
+        if self.full is not None:
+            check_number(self, "full", 1, 10_000, whole=True)
+        deepest = self.full or 10_000
+        if not all(isinstance(depth, int) and 1 <= depth <= deepest for depth in depths):
+            raise ConfigError(f"ExitSchedule.depths are whole numbers from 1 to {deepest}; got {depths}.")
+
+    def _take_preset(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"There is no exit schedule {self.preset!r}; the presets are {', '.join(PRESETS)}.")
+        edges, depths = PRESETS[self.preset]
+        given = (self.bin_edges, self.depths, self.full)
+        if given not in (((), (), None), (edges, depths, 28)):
+            raise ConfigError(f"The preset {self.preset!r} brings its own table; give a preset or a table, not both.")
+        for name, value in (("bin_edges", edges), ("depths", depths), ("full", 28)):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def linear(cls, full: int, d_min: int, training_steps: int = 1000) -> ExitSchedule:
+        """Depth falls evenly from ``full`` at timestep 0 to ``d_min`` at the noisy end.
+
+        Raises:
+            ConfigError: unless ``1 <= d_min <= full``.
+        """
+        depths = tuple(range(full, d_min - 1, -1))
+        edges = tuple(training_steps * index / max(len(depths), 1) for index in range(len(depths)))
+        return cls(bin_edges=edges, depths=depths, full=full)
+
+    @classmethod
+    def step(cls, full: int, t_switch: float, d_low: int) -> ExitSchedule:
+        """Full depth below timestep ``t_switch``, depth ``d_low`` from there on.
+
+        Raises:
+            ConfigError: unless ``1 <= d_low <= full`` and ``t_switch > 0``.
+        """
+        return cls(bin_edges=(0.0, float(t_switch)), depths=(full, d_low), full=full)
+
+    @property
+    def is_neutral(self) -> bool:
+        return self.full is not None and set(self.depths) == {self.full}
+
+    def depth_at(self, noise: np.ndarray, units: int) -> np.ndarray:
+        """Units to run at each timestep or log-SNR.
+
+        Args:
+            noise: values in this schedule's space, any shape.
+            units: the model's number of units.
+
+        Raises:
+            ConfigError: if the schedule is deeper than the model.
+        """
+        bins = np.clip(np.searchsorted(self.bin_edges, noise, side="right") - 1, 0, None)
+        depths = np.array(self.depths)[bins]
+        if self.full is not None:
+            return np.clip(np.floor(depths * units / self.full + 0.5).astype(int), 1, units)
+        if max(self.depths) > units:
+            raise ConfigError(
+                f"The exit schedule runs up to {max(self.depths)} units, but the model has {units}. "
+                f"Give full={max(self.depths)} to scale the schedule to the model, or smaller depths."
+            )
+        return depths
+
+    def plan(self, request: PlanRequest) -> ComputePlan:
+        plan = request.full_plan(self)
+        units = len(plan.units)
+        depths = self.depth_at(self._noise(request.grid), units)
+        table = np.where(np.arange(units) >= depths[:, None], Action.EXIT, Action.COMPUTE)
+        return ComputePlan(table, plan.units, plan.meta)
+
+    def _noise(self, grid: Grid) -> np.ndarray:
+        noise = grid.log_snr if self.space == "logsnr" else grid.timesteps
+        if np.isnan(noise).any():
+            raise ConfigError("This scheduler does not tell its signal-to-noise ratio; use space='timestep'.")
+        if self.space == "timestep" and not grid.in_training_units:
+            raise ConfigError("This scheduler's timesteps are not training timesteps (EDM); use space='logsnr'.")
+        return noise
+
+    def __str__(self) -> str:
+        return f"ExitSchedule({self.preset!r})" if self.preset and not self.heads else super().__str__()
+
+    def exit_heads(self) -> Mapping[str, nn.Module]:
+        if self.heads is not None and not self._loaded_heads:
+            from fastdiff.engine.heads import ExitHeads
+
+            self._loaded_heads.update(ExitHeads.from_pretrained(self.heads).by_unit())
+        return self._loaded_heads
+
+
+@contextmanager
+def exit_at_depths(denoiser: nn.Module, depths: torch.Tensor) -> Iterator[None]:
+    """Within the block, sample i of every forward of the denoiser runs only its first ``depths[i]`` units.
+
+    This is the forward that ASE trains with (section 3.2): blocks deeper than a sample's depth neither see it nor get
+    a gradient from it, and they are run on the remaining samples only.
+
+    Args:
+        denoiser: a supported denoiser, used directly and not through a pipeline.
+        depths: units to run for each sample, shape ``(batch,)``, integers of at least 1.
+
+    Raises:
+        ConfigError: if a depth is below 1.
+        UnsupportedBackboneError: if the denoiser's units cannot be found.
+    """
+    from fastdiff.backbones import view
+    from fastdiff.engine.hooks import Cell, InstalledHooks
+
+    if depths.ndim != 1 or (depths < 1).any():
+        raise ConfigError(f"depths is a vector with a depth of at least 1 for each sample; got {depths.tolist()}.")
+    hooks = InstalledHooks(view(denoiser))
+    try:
+        active = [(depths > unit).nonzero().flatten() for unit in range(len(hooks.hooks))]
+        hooks.set_cells([Cell(rows=rows if len(rows) < len(depths) else None) for rows in active])
+        yield
+    finally:
+        hooks.remove()

@@ -1,0 +1,188 @@
+"""`FastDiffPipeline` and the functions that put acceleration on an existing pipeline and take it off."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from fastdiff.errors import StateError, UnsupportedPipelineError
+from fastdiff.methods import as_methods
+from fastdiff.pipelines.acceleration import CONFIG_NAME, Acceleration, methods_of, preset_methods, read_config
+
+DEFAULT_PRESET = "balanced"
+
+
+class FastDiffPipeline:
+    """Mixed into the class of an accelerated pipeline, which stays an instance of its own class too.
+
+    Calls take and return what the wrapped pipeline's calls do. ``pipe.fastdiff`` is the `Acceleration`.
+    """
+
+    fastdiff: Acceleration
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        methods: Any = None,
+        preset: str | None = None,
+        on_unsupported: str = "raise",
+        **kwargs: Any,
+    ) -> Any:
+        """Load any diffusers pipeline, accelerated.
+
+        Args:
+            pretrained_model_name_or_path: what `DiffusionPipeline.from_pretrained` takes, or ``"zoo:NAME"`` for a
+                pipeline that ships with fastdiff.
+            methods: one method or several. By default what ``fastdiff_config.json`` in the folder says, else the preset.
+            preset: ``"quality"``, ``"balanced"`` (the default), ``"fast"`` or ``"off"``; not together with methods.
+            on_unsupported: ``"raise"``, ``"warn"`` or ``"off"`` for a pipeline that cannot be accelerated.
+            **kwargs: what `DiffusionPipeline.from_pretrained` takes.
+
+        Returns:
+            The pipeline: an instance of its own class and of `FastDiffPipeline`.
+
+        Raises:
+            ConfigError: for methods or a preset that do not exist, before anything is loaded.
+            UnsupportedPipelineError: if the folder or repository is no diffusers pipeline.
+            UnsupportedBackboneError: if its denoiser cannot be accelerated.
+            ProfileMismatchError: if the saved acceleration belongs to another model.
+        """
+        chosen = None if methods is None and preset is None else _choose(methods, preset)
+        name = _resolve(pretrained_model_name_or_path)
+        try:
+            pipe = DiffusionPipeline.from_pretrained(name, **kwargs)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UnsupportedPipelineError(
+                f"{os.fspath(pretrained_model_name_or_path)!r} cannot be loaded as a diffusers pipeline: {error}"
+            ) from error
+        saved = read_config(name) if chosen is None and Path(name).is_dir() else None
+        if saved is None:
+            return enable(pipe, methods=_choose(None, DEFAULT_PRESET) if chosen is None else chosen,
+                          on_unsupported=on_unsupported)  # fmt: skip
+        pipe = enable(pipe, methods=methods_of(saved), on_unsupported=on_unsupported)
+        pipe.fastdiff.check_profile(saved)
+        return pipe
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.fastdiff.sampling():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save a folder that plain diffusers loads, with the acceleration beside it in ``fastdiff_config.json``.
+
+        Args:
+            save_directory: the folder.
+            *args: as in `DiffusionPipeline.save_pretrained`.
+            **kwargs: as in `DiffusionPipeline.save_pretrained`; ``push_to_hub`` uploads both.
+        """
+        self.fastdiff.save(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def enable(
+    pipe: DiffusionPipeline,
+    methods: Any = None,
+    *,
+    preset: str | None = None,
+    on_unsupported: str = "raise",
+) -> Any:
+    """Accelerate an existing pipeline in place. Enabling again replaces what was enabled.
+
+    Args:
+        pipe: a diffusers pipeline.
+        methods: one method or several (a saved `ComputePlan` counts as one); by default those of the preset.
+        preset: ``"quality"``, ``"balanced"`` (the default), ``"fast"`` or ``"off"``; not together with methods.
+        on_unsupported: ``"raise"``, ``"warn"`` or ``"off"`` for a pipeline that cannot be accelerated.
+
+    Returns:
+        The same pipeline object.
+
+    Raises:
+        ConfigError: for methods or a preset that do not exist.
+        UnsupportedPipelineError: if this is no pipeline with a denoiser and a scheduler.
+        UnsupportedBackboneError: if its denoiser cannot be accelerated; nothing is changed then.
+        StateError: if its denoiser is accelerated through another pipeline.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise UnsupportedPipelineError(f"fastdiff.enable takes a diffusers pipeline; got {type(pipe).__name__}.")
+    chosen = _choose(methods, preset)
+    before = pipe.fastdiff if is_enabled(pipe) else None
+    if before is not None:
+        before.remove()
+    try:
+        acceleration = Acceleration(pipe, chosen, on_unsupported)
+    except Exception:
+        if before is not None:
+            before._install()
+        raise
+    if before is None:
+        own = type(pipe)
+        # The name stays, because diffusers writes it into model_index.json.
+        pipe.__class__ = type(own.__name__, (FastDiffPipeline, own), {"__module__": own.__module__})
+    pipe.__dict__["fastdiff"] = acceleration
+    return pipe
+
+
+def disable(pipe: DiffusionPipeline) -> Any:
+    """Undo `enable`: no hook is left, and the pipeline is of its own class again.
+
+    Args:
+        pipe: a pipeline; one that is not accelerated is left as it is.
+
+    Returns:
+        The same pipeline object.
+    """
+    if is_enabled(pipe):
+        pipe.fastdiff.remove()
+        del pipe.__dict__["fastdiff"]
+        pipe.__class__ = type(pipe).__mro__[2]
+    return pipe
+
+
+def is_enabled(pipe: Any) -> bool:
+    """Whether a pipeline is accelerated."""
+    return isinstance(pipe, FastDiffPipeline)
+
+
+@contextmanager
+def disabled(pipe: DiffusionPipeline) -> Iterator[Any]:
+    """Within the block the pipeline samples in full; its methods stay.
+
+    Args:
+        pipe: an accelerated pipeline.
+
+    Raises:
+        StateError: if it is not accelerated.
+    """
+    if not is_enabled(pipe):
+        raise StateError(f"This {type(pipe).__name__} is not accelerated; call fastdiff.enable first.")
+    before, pipe.fastdiff.active = pipe.fastdiff.active, False
+    try:
+        yield pipe
+    finally:
+        pipe.fastdiff.active = before
+
+
+def _choose(methods: Any, preset: str | None) -> tuple[Any, ...]:
+    from fastdiff.errors import ConfigError
+
+    if methods is not None and preset is not None:
+        raise ConfigError("Give either methods or a preset, not both.")
+    return preset_methods(preset or DEFAULT_PRESET) if methods is None else as_methods(methods)
+
+
+def _resolve(name: str | os.PathLike[str]) -> str:
+    """The folder of a zoo name; anything else as it is."""
+    name = os.fspath(name)
+    if name.startswith("zoo:"):
+        from fastdiff import zoo
+
+        return str(zoo.path(name))
+    return name
