@@ -87,12 +87,14 @@ class Unit:
         traits: name and abilities, as validation and pruning see them.
         segment: units of one segment follow each other with nothing but residual additions between them, so that one
             residual can stand for a run of them.
+        fragile: whether the denoiser may write into what the unit returns, so that its input is copied to be kept.
     """
 
     module: nn.Module
     io: BlockIO
     traits: UnitTraits
     segment: int = 0
+    fragile: bool = False
 
     @property
     def name(self) -> str:

@@ -20,6 +20,8 @@ BLOCK_LISTS = (
     "transformer_blocks",
     "joint_transformer_blocks",
     "double_stream_blocks",
+    "double_blocks",
+    "visual_transformer_blocks",
     "blocks",
     "layers",
     "single_transformer_blocks",
@@ -27,13 +29,11 @@ BLOCK_LISTS = (
 )
 """Attributes that hold a denoiser's blocks, in execution order."""
 
-SPECIAL_LISTS: dict[str, tuple[str, ...]] = {
-    "Flux3Transformer2DModel": ("single_transformer_blocks",),
-}
-"""Denoisers, by class name, whose backbone is other lists than the usual ones."""
-
 INTERLEAVED_LISTS = {"LatteTransformer3DModel": ("transformer_blocks", "temporal_transformer_blocks")}
 """Denoisers that take one block of each list in turn, reshaping in between."""
+
+WRITES_BLOCK_OUTPUTS = ("BriaTransformer2DModel", "ChromaTransformer2DModel")
+"""Denoisers whose loop adds ControlNet residuals to a block's output in place, which may be a passed-through input."""
 
 _TEXT, _IMAGE = "encoder_hidden_states", "hidden_states"
 _IMAGE_TEXT = BlockIO((_IMAGE, _TEXT), (0, 1))
@@ -43,11 +43,17 @@ _BLOCKS: dict[str, BlockIO] = {
     **dict.fromkeys(
         (
             "CogVideoXBlock",
+            "ConsisIDBlock",
             "CogView3PlusTransformerBlock",
             "CogView4TransformerBlock",
+            "EasyAnimateTransformerBlock",
             "GlmImageTransformerBlock",
             "HunyuanImageSingleTransformerBlock",
             "HunyuanImageTransformerBlock",
+            "HiDreamImageTransformerBlock",
+            "HunyuanVideo15TransformerBlock",
+            "JoyImageEditPlusTransformerBlock",
+            "JoyImageTransformerBlock",
         ),
         _IMAGE_TEXT,
     ),
@@ -71,7 +77,8 @@ _BLOCKS: dict[str, BlockIO] = {
         ),
         _TEXT_IMAGE,
     ),
-    "Flux2SingleTransformerBlock": BlockIO(),
+    "Kandinsky6FusedTransformerDecoderBlock": BlockIO(("vis", "aud"), (0, 1)),
+    "LTX2VideoTransformerBlock": BlockIO((_IMAGE, "audio_hidden_states"), (0, 1)),
 }
 """Blocks, by class name, that do not simply take the hidden state first and return it bare."""
 
@@ -99,10 +106,13 @@ def transformer_backbone(denoiser: nn.Module) -> Backbone:
     Raises:
         UnsupportedBackboneError: if no block list is found, or a block cannot be driven.
     """
+    segments = list(_segments(denoiser))
+    fragile = type(denoiser).__name__ in WRITES_BLOCK_OUTPUTS
     units = []
-    for segment, blocks in enumerate(_segments(denoiser)):
+    for segment, blocks in enumerate(segments):
+        can_exit = not _starts_over(denoiser) or segment == len(segments) - 1
         for name, block in blocks:
-            units.append(Unit(block, _block_io(block), UnitTraits(name), segment))
+            units.append(Unit(block, _block_io(block), UnitTraits(name, can_exit=can_exit), segment, fragile))
     if not units:
         found = [name for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList)]
         raise UnsupportedBackboneError(
@@ -122,9 +132,18 @@ def _segments(denoiser: nn.Module) -> Iterator[NamedBlocks]:
         lists = [_named(denoiser, name) for name in INTERLEAVED_LISTS[kind]]
         yield from ([block] for block in chain.from_iterable(zip(*lists, strict=True)))
         return
-    for name in SPECIAL_LISTS.get(kind, BLOCK_LISTS):
-        if blocks := _named(denoiser, name):
+    for name in BLOCK_LISTS:
+        blocks = _named(denoiser, name)
+        if name == "single_transformer_blocks" and (decoder := _starts_over(denoiser)):
+            yield blocks[:-decoder]
+            blocks = blocks[-decoder:]
+        if blocks:
             yield blocks
+
+
+def _starts_over(denoiser: nn.Module) -> int:
+    """Number of last blocks that begin again from the embedded sample, as MotifVideo's decoder does."""
+    return getattr(denoiser, "num_decoder_layers", 0) if type(denoiser).__name__ == "MotifVideoTransformer3DModel" else 0
 
 
 def _named(denoiser: nn.Module, name: str) -> NamedBlocks:
@@ -135,7 +154,8 @@ def _named(denoiser: nn.Module, name: str) -> NamedBlocks:
 
 
 def _block_io(block: nn.Module) -> BlockIO:
-    return (_BLOCKS.get(type(block).__name__) or _registered_io(block) or _bare_io(block)).of(block)
+    name = type(getattr(block, "block", block)).__name__  # HiDream wraps blocks of two kinds in one class
+    return (_BLOCKS.get(name) or _registered_io(block) or _bare_io(block)).of(block)
 
 
 def _registered_io(block: nn.Module) -> BlockIO | None:
@@ -148,7 +168,7 @@ def _registered_io(block: nn.Module) -> BlockIO | None:
         return None
     image, text = declared.return_hidden_states_index, declared.return_encoder_hidden_states_index
     if text is None:
-        return BlockIO((declared.hidden_states_argument_name,))
+        return None
     names = (declared.hidden_states_argument_name, declared.encoder_hidden_states_argument_name)
     return BlockIO(names, (image, text))
 

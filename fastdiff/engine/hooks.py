@@ -10,8 +10,8 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from fastdiff.backbones import Backbone
-from fastdiff.backbones.base import BlockIO, Streams
+from fastdiff.backbones import Backbone, BlockIO, Unit
+from fastdiff.backbones.base import Streams
 from fastdiff.engine.program import Residual, Reuse
 from fastdiff.errors import StateError
 
@@ -48,11 +48,11 @@ COMPUTE = Cell()
 class UnitHook(ModelHook):
     """Runs, reuses or passes one unit, as its current cell says."""
 
-    def __init__(self, io: BlockIO) -> None:
+    def __init__(self, unit: Unit) -> None:
         super().__init__()
-        self.io = io
+        self.io = unit.io
+        self.fragile = unit.fragile
         self.cell = COMPUTE
-        self.clones_input = False  # set where a block is seen to write into its input
         self.wrapped: Callable[..., Any] | None = None  # the unit's forward with this hook in it
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +62,7 @@ class UnitHook(ModelHook):
             return forward(*args, **kwargs)
         streams = self.io.read(args, kwargs)
         for run in cell.opens:
-            run.start = _clone(streams) if self.clones_input else streams
+            run.start = _clone(streams) if self.fragile else streams
         if cell.rows is not None:
             return compute_rows(forward, self.io, cell.rows, args, kwargs)
         if cell.compute:
@@ -116,7 +116,7 @@ class InstalledHooks:
                     "it. Disable that one first (fastdiff.disable), or load a second copy of the model."
                 )
         self.backbone = backbone
-        self.hooks = [UnitHook(unit.io) for unit in backbone.units]
+        self.hooks = [UnitHook(unit) for unit in backbone.units]
         for unit, hook in zip(backbone.units, self.hooks, strict=True):
             HookRegistry.check_if_exists_or_initialize(unit.module).register_hook(hook, HOOK_NAME)
             hook.wrapped = unit.module.forward
