@@ -1,0 +1,325 @@
+"""Tiny diffusers pipelines: seeded random weights, no tokenizer and no text encoder, nothing downloaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    UniPCMultistepScheduler,
+)
+from torch import nn
+
+from .base import HEIGHT, TEXT_DIM, TEXT_TOKENS, Draw, build
+from .joint import FLUX
+from .models import TINY_MODELS
+from .video import WAN
+
+PIXELS = 8 * HEIGHT
+CLASSES = 10
+POOLED_DIM = 24
+PROMPT_SEED = 1000
+"""Added to a call's seed for its prompts, which would otherwise equal its noise."""
+
+
+@dataclass(frozen=True)
+class TinyPipeline:
+    """One pipeline at a size that samples in well under a second on a CPU.
+
+    Attributes:
+        name: Key in `TINY_PIPELINES`; the class name, with a word on the variant where there are several.
+        build: Returns the pipeline: seeded, float32, CPU, progress bar off.
+        inputs: `(batch=1, steps=4, guidance=True, seed=0, **overrides)` to the keyword arguments of a call. They
+            hold a fresh generator, so draw them anew for every call.
+    """
+
+    name: str
+    build: Callable[[], DiffusionPipeline]
+    inputs: Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the arguments of one pipeline call are drawn for."""
+
+    draw: Draw
+    batch: int
+    guidance: bool
+
+    def embeds(self, *shape: int) -> torch.Tensor:
+        """Returns one conditioning tensor per item, of shape `(batch, *shape)`."""
+        return self.draw(self.batch, *shape)
+
+    def prompt(self, scale: float, argument: str = "guidance_scale") -> dict[str, Any]:
+        """Returns prompt embeddings, and negative ones where guidance is on."""
+        prompt = {"prompt_embeds": self.embeds(TEXT_TOKENS, TEXT_DIM), argument: scale if self.guidance else 1.0}
+        if self.guidance:
+            prompt["negative_prompt_embeds"] = self.embeds(TEXT_TOKENS, TEXT_DIM)
+        return prompt
+
+    def masks(self, *names: str, tokens: int = TEXT_TOKENS) -> dict[str, torch.Tensor]:
+        """Returns all-ones masks: the named ones and, where guidance is on, their `negative_` counterparts."""
+        prefixes = ("", "negative_") if self.guidance else ("",)
+        return {prefix + name: torch.ones(self.batch, tokens) for name in names for prefix in prefixes}
+
+    def pooled(self) -> dict[str, torch.Tensor]:
+        """Returns pooled prompt embeddings, and negative ones where guidance is on."""
+        names = (
+            ("pooled_prompt_embeds", "negative_pooled_prompt_embeds") if self.guidance else ("pooled_prompt_embeds",)
+        )
+        return {name: self.embeds(POOLED_DIM) for name in names}
+
+    def image(self) -> torch.Tensor:
+        """Returns images in `[0, 1]`, of shape `(batch, 3, PIXELS, PIXELS)`."""
+        return self.embeds(3, PIXELS, PIXELS).sigmoid()
+
+
+def pipeline(
+    class_name: str,
+    components: Callable[[], dict[str, Any]],
+    arguments: Callable[[Call], dict[str, Any]],
+    variant: str = "",
+) -> TinyPipeline:
+    """Returns the entry of a diffusers pipeline class.
+
+    Args:
+        class_name: Name of the class.
+        components: Returns the constructor's arguments; required ones that it leaves out are None.
+        arguments: The call's arguments beside steps, generator and output type.
+        variant: Distinguishes several entries of one class.
+    """
+
+    def build_pipeline() -> DiffusionPipeline:
+        cls = getattr(diffusers, class_name)
+        required = [p.name for p in inspect.signature(cls.__init__).parameters.values() if p.default is p.empty]
+        pipe = cls(**(dict.fromkeys(required[1:]) | components()))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def inputs(
+        batch: int = 1, steps: int = 4, guidance: bool = True, seed: int = 0, **overrides: Any
+    ) -> dict[str, Any]:
+        call = {
+            "num_inference_steps": steps,
+            "generator": torch.Generator().manual_seed(seed),
+            "output_type": "latent",
+        }
+        prompts = Draw(PROMPT_SEED + seed)
+        return call | arguments(Call(prompts, batch, guidance)) | overrides
+
+    name = f"{class_name} ({variant})" if variant else class_name
+    return TinyPipeline(name, build_pipeline, inputs)
+
+
+def vae() -> AutoencoderKL:
+    """Returns an autoencoder of 4 latent channels that halves an image three times."""
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (4, 4, 4, 4),
+        "norm_num_groups": 2,
+        "latent_channels": 4,
+        "sample_size": PIXELS,
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+    }
+    return build(AutoencoderKL, config)
+
+
+def transformer(name: str) -> nn.Module:
+    """Returns the tiny model of the catalogue."""
+    return TINY_MODELS[name].build()
+
+
+def flow_matching(**config: Any) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(**config)
+
+
+def _dit() -> dict[str, Any]:
+    scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
+    labels = {index: f"class {index}" for index in range(CLASSES)}
+    return {
+        "transformer": transformer("DiTTransformer2DModel"),
+        "vae": vae(),
+        "scheduler": scheduler,
+        "id2label": labels,
+    }
+
+
+def _dit_call(call: Call) -> dict[str, Any]:
+    labels = call.draw.ints(CLASSES, call.batch).tolist()
+    return {"class_labels": labels, "guidance_scale": 4.0 if call.guidance else 1.0, "output_type": "np"}
+
+
+def _sd3() -> dict[str, Any]:
+    return {"transformer": transformer("SD3Transformer2DModel"), "vae": vae(), "scheduler": flow_matching(shift=3.0)}
+
+
+def _sd3_call(call: Call) -> dict[str, Any]:
+    return call.prompt(7.0) | call.pooled() | {"height": PIXELS, "width": PIXELS}
+
+
+def _sd3_img2img_call(call: Call) -> dict[str, Any]:
+    return _sd3_call(call) | {"image": call.image(), "strength": 0.5}
+
+
+def _flux() -> dict[str, Any]:
+    return {
+        "transformer": transformer("FluxTransformer2DModel"),
+        "vae": vae(),
+        "scheduler": flow_matching(use_dynamic_shifting=True),
+    }
+
+
+def _flux_call(call: Call) -> dict[str, Any]:
+    return call.prompt(2.0, "true_cfg_scale") | call.pooled() | {"height": PIXELS, "width": PIXELS}
+
+
+def _flux_controlnet() -> dict[str, Any]:
+    return _flux() | {"controlnet": build(FluxControlNetModel, FLUX | {"num_layers": 2, "num_single_layers": 2})}
+
+
+def _flux_control_call(call: Call) -> dict[str, Any]:
+    return _flux_call(call) | {"control_image": call.image()}
+
+
+def _flux_img2img_call(call: Call) -> dict[str, Any]:
+    return _flux_call(call) | {"image": call.image(), "strength": 0.5}
+
+
+def _pixart() -> dict[str, Any]:
+    return {
+        "transformer": transformer("PixArtTransformer2DModel"),
+        "vae": vae(),
+        "scheduler": DPMSolverMultistepScheduler(),
+    }
+
+
+def _masked_call(call: Call) -> dict[str, Any]:
+    masks = call.masks("prompt_attention_mask")
+    return call.prompt(4.5) | masks | {"height": PIXELS, "width": PIXELS, "negative_prompt": None}
+
+
+def _unbinned_call(call: Call) -> dict[str, Any]:
+    return _masked_call(call) | {"use_resolution_binning": False}
+
+
+def _sana() -> dict[str, Any]:
+    solver = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return {"transformer": transformer("SanaTransformer2DModel"), "scheduler": DPMSolverMultistepScheduler(**solver)}
+
+
+def _sana_call(call: Call) -> dict[str, Any]:
+    without_autoencoder = 32 * HEIGHT
+    return _unbinned_call(call) | {"height": without_autoencoder, "width": without_autoencoder}
+
+
+def _lumina2() -> dict[str, Any]:
+    return {"transformer": transformer("Lumina2Transformer2DModel"), "vae": vae(), "scheduler": flow_matching()}
+
+
+def _lumina2_call(call: Call) -> dict[str, Any]:
+    arguments = _masked_call(call)
+    return arguments | {name: mask.bool() for name, mask in call.masks("prompt_attention_mask").items()}
+
+
+def _aura_flow() -> dict[str, Any]:
+    return {"transformer": transformer("AuraFlowTransformer2DModel"), "vae": vae(), "scheduler": flow_matching()}
+
+
+def _hunyuan_dit() -> dict[str, Any]:
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False)
+    return {
+        "transformer": transformer("HunyuanDiT2DModel"),
+        "vae": vae(),
+        "scheduler": scheduler,
+        "requires_safety_checker": False,
+    }
+
+
+def _hunyuan_dit_call(call: Call) -> dict[str, Any]:
+    second = {name: call.embeds(8, 24) for name in ("prompt_embeds_2", "negative_prompt_embeds_2")[: 1 + call.guidance]}
+    return _unbinned_call(call) | second | call.masks("prompt_attention_mask_2", tokens=8)
+
+
+def _qwen_image() -> dict[str, Any]:
+    return {
+        "transformer": transformer("QwenImageTransformer2DModel"),
+        "scheduler": flow_matching(use_dynamic_shifting=True),
+    }
+
+
+def _qwen_image_call(call: Call) -> dict[str, Any]:
+    masks = {name: mask.long() for name, mask in call.masks("prompt_embeds_mask").items()}
+    return call.prompt(4.0, "true_cfg_scale") | masks | {"height": PIXELS, "width": PIXELS}
+
+
+def _wan() -> dict[str, Any]:
+    return {
+        "transformer": transformer("WanTransformer3DModel"),
+        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    }
+
+
+def _wan_two_experts() -> dict[str, Any]:
+    second = build(diffusers.WanTransformer3DModel, WAN, seed=1)
+    return _wan() | {"transformer_2": second, "boundary_ratio": 0.875}
+
+
+def _wan_call(call: Call) -> dict[str, Any]:
+    return call.prompt(5.0) | {"height": PIXELS, "width": PIXELS, "num_frames": 5}
+
+
+def _cogvideox() -> dict[str, Any]:
+    return {"transformer": transformer("CogVideoXTransformer3DModel"), "scheduler": CogVideoXDDIMScheduler()}
+
+
+def _cogvideox_call(call: Call) -> dict[str, Any]:
+    return _wan_call(call) | {"max_sequence_length": TEXT_TOKENS}
+
+
+def _ltx() -> dict[str, Any]:
+    return {
+        "transformer": transformer("LTXVideoTransformer3DModel"),
+        "scheduler": flow_matching(use_dynamic_shifting=True),
+    }
+
+
+def _ltx_call(call: Call) -> dict[str, Any]:
+    size = {"height": 128, "width": 128, "num_frames": 9}
+    return call.prompt(3.0) | call.masks("prompt_attention_mask") | size
+
+
+_ENTRIES = [
+    pipeline("DiTPipeline", _dit, _dit_call),
+    pipeline("StableDiffusion3Pipeline", _sd3, _sd3_call),
+    pipeline("StableDiffusion3Img2ImgPipeline", _sd3, _sd3_img2img_call),
+    pipeline("FluxPipeline", _flux, _flux_call),
+    pipeline("FluxControlNetPipeline", _flux_controlnet, _flux_control_call),
+    pipeline("FluxImg2ImgPipeline", _flux, _flux_img2img_call),
+    pipeline("PixArtAlphaPipeline", _pixart, _unbinned_call),
+    pipeline("PixArtSigmaPipeline", _pixart, _unbinned_call),
+    pipeline("WanPipeline", _wan, _wan_call),
+    pipeline("WanPipeline", _wan_two_experts, _wan_call, variant="two experts"),
+    pipeline("SanaPipeline", _sana, _sana_call),
+    pipeline("Lumina2Pipeline", _lumina2, _lumina2_call),
+    pipeline("AuraFlowPipeline", _aura_flow, _masked_call),
+    pipeline("HunyuanDiTPipeline", _hunyuan_dit, _hunyuan_dit_call),
+    pipeline("CogVideoXPipeline", _cogvideox, _cogvideox_call),
+    pipeline("QwenImagePipeline", _qwen_image, _qwen_image_call),
+    pipeline("LTXPipeline", _ltx, _ltx_call),
+]
+TINY_PIPELINES: dict[str, TinyPipeline] = {entry.name: entry for entry in _ENTRIES}
+"""Name to tiny pipeline."""
