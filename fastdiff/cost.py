@@ -123,9 +123,7 @@ def time_units(backbone: Backbone, arguments: Mapping[str, Any], repeats: int) -
     return units, max(median(total for _, total in runs) - float(units.sum()), 0.0)
 
 
-def _per_unit(
-    backbone: Backbone, arguments: Mapping[str, Any], read: Callable[[], float]
-) -> tuple[np.ndarray, float]:
+def _per_unit(backbone: Backbone, arguments: Mapping[str, Any], read: Callable[[], float]) -> tuple[np.ndarray, float]:
     """How much a reading grows over each unit and over one whole evaluation."""
     import torch
 
@@ -145,9 +143,7 @@ def _per_unit(
 
 
 @contextmanager
-def _around_units(
-    backbone: Backbone, before: Callable[[int], None], after: Callable[[int], None]
-) -> Iterator[None]:
+def _around_units(backbone: Backbone, before: Callable[[int], None], after: Callable[[int], None]) -> Iterator[None]:
     handles = []
     for index, unit in enumerate(backbone.units):
         handles.append(unit.module.register_forward_pre_hook(lambda *_, index=index: before(index)))

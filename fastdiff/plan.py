@@ -297,7 +297,9 @@ class ComputePlan:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise PlanError(f"{path} cannot be read as a plan: {error}. Expected a file from ComputePlan.save.") from error
+            raise PlanError(
+                f"{path} cannot be read as a plan: {error}. Expected a file from ComputePlan.save."
+            ) from error
         return cls.from_dict(data)
 
 

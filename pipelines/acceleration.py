@@ -10,16 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
-from fastdiff.backbones import unwrap, view
+from fastdiff.backbones import Backbone, unwrap, view
 from fastdiff.engine.clock import Grid
 from fastdiff.engine.hooks import InstalledHooks
 from fastdiff.engine.record import RunRecord
 from fastdiff.engine.run import SamplingRun
 from fastdiff.errors import (
     ConfigError,
-    FastDiffError,
     FastDiffNoEffectWarning,
     ProfileMismatchError,
     StateError,
@@ -108,18 +109,21 @@ class Acceleration:
                 f"{type(self._pipe).__name__} needs a scheduler and a denoiser under one of the names "
                 f"{', '.join(DENOISERS)}; it has the components {', '.join(self._pipe.components)}."
             )
-        unsupported = None
+        backbones: dict[str, Backbone] = {}
+        unsupported: list[UnsupportedBackboneError] = []
+        for name, module in denoisers.items():
+            try:
+                backbones[name] = view(module)
+            except UnsupportedBackboneError as error:  # noqa: PERF203 - a pipeline has two denoisers at most
+                unsupported.append(error)
+        if not backbones:
+            raise unsupported[0]
         try:
-            for name, module in denoisers.items():
-                try:
-                    self._hooks[name] = InstalledHooks(view(module))
-                except UnsupportedBackboneError as error:
-                    unsupported = error
-        except FastDiffError:
+            for name, backbone in backbones.items():
+                self._hooks[name] = InstalledHooks(backbone)
+        except StateError:
             self.remove()
             raise
-        if not self._hooks and unsupported is not None:
-            raise unsupported
 
     def _follow_components(self) -> None:
         """Move the hooks if a denoiser was replaced since they were installed."""
@@ -176,13 +180,17 @@ class Acceleration:
         records = self.last_run.denoisers.values() if self.last_run else ()
         measure = next((record.measure for record in records if record.measure), None)
         if measure is None:
-            raise StateError("Latencies are measured in a call's shapes: call the pipeline once before asking for a plan.")
+            raise StateError(
+                "Latencies are measured in a call's shapes: call the pipeline once before asking for a plan."
+            )
         return measure()
 
     def summary(self) -> str:
         """What is enabled and what the last call did, as text."""
         enabled = " + ".join(map(str, self.methods)) or "no method"
-        backbones = [f"{name}: {hooks.backbone.class_name}, {len(hooks.hooks)} units" for name, hooks in self._hooks.items()]
+        backbones = [
+            f"{name}: {hooks.backbone.class_name}, {len(hooks.hooks)} units" for name, hooks in self._hooks.items()
+        ]
         last = self.last_run.summary() if self.last_run else "not called yet"
         return "\n".join([f"enabled: {enabled}{'' if self.active else ' (disabled now)'}", *backbones, last])
 
@@ -215,13 +223,24 @@ class Acceleration:
                 )
 
 
-def read_config(folder: str | Path) -> Mapping[str, Any] | None:
-    """The acceleration saved in a pipeline folder, or None if there is none.
+def read_config(name: str, **kwargs: Any) -> Mapping[str, Any] | None:
+    """The acceleration saved beside a pipeline, or None if there is none.
+
+    Args:
+        name: a folder, or a repository on the Hub.
+        **kwargs: what `DiffusionPipeline.from_pretrained` was given; says where and how to look on the Hub.
 
     Raises:
         ConfigError: if the file is damaged or from a later version.
     """
-    path = Path(folder) / CONFIG_NAME
+    path = Path(name) / CONFIG_NAME
+    if not Path(name).is_dir():
+        options = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        try:
+            found = hf_hub_download(name, CONFIG_NAME, **{key: kwargs[key] for key in options if key in kwargs})
+        except (HfHubHTTPError, LocalEntryNotFoundError):
+            return None
+        path = Path(found)
     if not path.is_file():
         return None
     try:

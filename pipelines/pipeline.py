@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from fastdiff.errors import StateError, UnsupportedPipelineError
+from fastdiff.errors import ConfigError, StateError, UnsupportedPipelineError
 from fastdiff.methods import as_methods
-from fastdiff.pipelines.acceleration import CONFIG_NAME, Acceleration, methods_of, preset_methods, read_config
+from fastdiff.pipelines.acceleration import Acceleration, methods_of, preset_methods, read_config
 
 DEFAULT_PRESET = "balanced"
 
@@ -20,7 +20,7 @@ DEFAULT_PRESET = "balanced"
 class FastDiffPipeline:
     """Mixed into the class of an accelerated pipeline, which stays an instance of its own class too.
 
-    Calls take and return what the wrapped pipeline's calls do. ``pipe.fastdiff`` is the `Acceleration`.
+    Calls take and return what the pipeline's own calls do. ``pipe.fastdiff`` is the `Acceleration`.
     """
 
     fastdiff: Acceleration
@@ -40,7 +40,7 @@ class FastDiffPipeline:
         Args:
             pretrained_model_name_or_path: what `DiffusionPipeline.from_pretrained` takes, or ``"zoo:NAME"`` for a
                 pipeline that ships with fastdiff.
-            methods: one method or several. By default what ``fastdiff_config.json`` in the folder says, else the preset.
+            methods: one method or several. By default those saved in the folder, else those of the preset.
             preset: ``"quality"``, ``"balanced"`` (the default), ``"fast"`` or ``"off"``; not together with methods.
             on_unsupported: ``"raise"``, ``"warn"`` or ``"off"`` for a pipeline that cannot be accelerated.
             **kwargs: what `DiffusionPipeline.from_pretrained` takes.
@@ -58,21 +58,15 @@ class FastDiffPipeline:
         name = _resolve(pretrained_model_name_or_path)
         try:
             pipe = DiffusionPipeline.from_pretrained(name, **kwargs)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UnsupportedPipelineError(
-                f"{os.fspath(pretrained_model_name_or_path)!r} cannot be loaded as a diffusers pipeline: {error}"
-            ) from error
-        saved = read_config(name) if chosen is None and Path(name).is_dir() else None
+        except (OSError, ValueError) as error:
+            raise UnsupportedPipelineError(f"{name!r} cannot be loaded as a diffusers pipeline: {error}") from error
+        saved = read_config(name, **kwargs) if chosen is None else None
         if saved is None:
-            return enable(pipe, methods=_choose(None, DEFAULT_PRESET) if chosen is None else chosen,
-                          on_unsupported=on_unsupported)  # fmt: skip
-        pipe = enable(pipe, methods=methods_of(saved), on_unsupported=on_unsupported)
+            chosen = _choose(None, None) if chosen is None else chosen
+            return enable(pipe, chosen, on_unsupported=on_unsupported)
+        pipe = enable(pipe, methods_of(saved), on_unsupported=on_unsupported)
         pipe.fastdiff.check_profile(saved)
         return pipe
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.fastdiff.sampling():
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save a folder that plain diffusers loads, with the acceleration beside it in ``fastdiff_config.json``.
@@ -123,11 +117,24 @@ def enable(
             before._install()
         raise
     if before is None:
-        own = type(pipe)
-        # The name stays, because diffusers writes it into model_index.json.
-        pipe.__class__ = type(own.__name__, (FastDiffPipeline, own), {"__module__": own.__module__})
-    pipe.__dict__["fastdiff"] = acceleration
+        pipe.__class__ = _accelerated_class(type(pipe))
+    pipe.fastdiff = acceleration
     return pipe
+
+
+def _accelerated_class(own: type) -> type:
+    """A subclass of a pipeline's class whose calls are accelerated.
+
+    It keeps the name, because diffusers writes that into model_index.json, and the call's signature.
+    """
+
+    @functools.wraps(own.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.fastdiff.sampling():
+            return own.__call__(self, *args, **kwargs)
+
+    namespace = {"__call__": call, "__module__": own.__module__, "__doc__": own.__doc__}
+    return type(own.__name__, (FastDiffPipeline, own), namespace)
 
 
 def disable(pipe: DiffusionPipeline) -> Any:
@@ -141,8 +148,8 @@ def disable(pipe: DiffusionPipeline) -> Any:
     """
     if is_enabled(pipe):
         pipe.fastdiff.remove()
-        del pipe.__dict__["fastdiff"]
-        pipe.__class__ = type(pipe).__mro__[2]
+        del pipe.fastdiff
+        pipe.__class__ = type(pipe).__bases__[1]
     return pipe
 
 
@@ -171,8 +178,6 @@ def disabled(pipe: DiffusionPipeline) -> Iterator[Any]:
 
 
 def _choose(methods: Any, preset: str | None) -> tuple[Any, ...]:
-    from fastdiff.errors import ConfigError
-
     if methods is not None and preset is not None:
         raise ConfigError("Give either methods or a preset, not both.")
     return preset_methods(preset or DEFAULT_PRESET) if methods is None else as_methods(methods)

@@ -143,7 +143,9 @@ def _segments(denoiser: nn.Module) -> Iterator[NamedBlocks]:
 
 def _starts_over(denoiser: nn.Module) -> int:
     """Number of last blocks that begin again from the embedded sample, as MotifVideo's decoder does."""
-    return getattr(denoiser, "num_decoder_layers", 0) if type(denoiser).__name__ == "MotifVideoTransformer3DModel" else 0
+    return (
+        getattr(denoiser, "num_decoder_layers", 0) if type(denoiser).__name__ == "MotifVideoTransformer3DModel" else 0
+    )
 
 
 def _named(denoiser: nn.Module, name: str) -> NamedBlocks:

@@ -147,7 +147,9 @@ class Executor:
         if row >= self._program.plan.evaluations:
             return self._compute_in_full("more evaluations than the scheduler's grid has", branch, clock.evaluation)
         if arguments.get("skip_layers"):
-            return self._compute_in_full("the pipeline itself leaves out layers (skip_layers)", branch, clock.evaluation)
+            return self._compute_in_full(
+                "the pipeline itself leaves out layers (skip_layers)", branch, clock.evaluation
+            )
         state = self._state(branch, arguments)
         readings = self._program.readings[row]
         if any(not state.holds(key) for reading in readings for key in reading.sources):

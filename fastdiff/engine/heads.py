@@ -25,6 +25,7 @@ class ExitHead(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Correct a hidden state of shape ``(..., width)``; keeps its dtype."""
         correction = self.norm(hidden_states.to(self.up.weight.dtype))
         return hidden_states + self.up(self.down(correction)).to(hidden_states.dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +55,7 @@ class UnitHook(ModelHook):
         self.wrapped: Callable[..., Any] | None = None  # the unit's forward with this hook in it
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the unit's forward."""
         forward = self.fn_ref.original_forward
         cell = self.cell
         if cell.plain:
@@ -87,7 +87,11 @@ def compute_rows(
     """Run a unit for some samples of the batch only; the others keep their streams. Differentiable.
 
     Args:
+        forward: the unit's forward.
+        io: where the unit's streams are.
         rows: sample indices, shape ``(active,)``, int64, on the streams' device; may be empty.
+        args: the positional arguments of the call, for the whole batch.
+        kwargs: its keyword arguments; tensors with one row per sample are cut to the active rows.
     """
     streams = io.read(args, kwargs)
     if rows.numel() == 0:
@@ -115,6 +119,11 @@ class InstalledHooks:
                     f"This {backbone.class_name} is already accelerated, perhaps through another pipeline that shares "
                     "it. Disable that one first (fastdiff.disable), or load a second copy of the model."
                 )
+        if getattr(backbone.denoiser, "is_cache_enabled", False):
+            raise StateError(
+                f"diffusers' own cache is enabled on this {backbone.class_name}; two cannot act on the same blocks. "
+                "Call its disable_cache() first."
+            )
         self.backbone = backbone
         self.hooks = [UnitHook(unit) for unit in backbone.units]
         for unit, hook in zip(backbone.units, self.hooks, strict=True):

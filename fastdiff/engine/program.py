@@ -16,7 +16,7 @@ import torch
 
 from fastdiff.backbones import Backbone
 from fastdiff.backbones.base import Streams
-from fastdiff.plan import READS_CACHE, Action, ComputePlan
+from fastdiff.plan import READS_CACHE, ComputePlan
 
 
 class Run(NamedTuple):

@@ -47,9 +47,7 @@ class SamplingRun:
         self.clock = StepClock(on_tick=self._next_evaluation, on_start=self._restart)
         planner = make_planner(self._methods)
         heads = {unit: head for method in self._methods for unit, head in method.exit_heads().items()}
-        self._executors = {
-            name: Executor(hooks, self.clock, planner, heads) for name, (_, hooks) in denoisers.items()
-        }
+        self._executors = {name: Executor(hooks, self.clock, planner, heads) for name, (_, hooks) in denoisers.items()}
         records = {name: executor.record for name, executor in self._executors.items()}
         self.record = RunRecord(tuple(str(method) for method in self._methods), records)
 
@@ -136,5 +134,3 @@ def sampling_run(
             yield run
     finally:
         hooks.remove()
-
-

@@ -34,7 +34,9 @@ def paper_layers(layers: int, speedup: float) -> tuple[int, ...]:
     """
     kept = math.floor(layers / speedup)
     if kept < 2:
-        raise ConfigError(f"The paper's rule keeps at least 2 layers; {layers} layers at speedup {speedup:g} keep {kept}.")
+        raise ConfigError(
+            f"The paper's rule keeps at least 2 layers; {layers} layers at speedup {speedup:g} keep {kept}."
+        )
     interval = layers // (kept - 1)
     inner = [index for index in range(1, layers - 1) if index % interval == 0]
     return (0, *inner[: kept - 2], layers - 1)
