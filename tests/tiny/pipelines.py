@@ -62,24 +62,23 @@ class Call:
         """Returns one conditioning tensor per item, of shape `(batch, *shape)`."""
         return self.draw(self.batch, *shape)
 
+    def named(self, *names: str) -> list[str]:
+        """Returns the names and, where guidance is on, their `negative_` counterparts."""
+        prefixes = ("", "negative_") if self.guidance else ("",)
+        return [prefix + name for prefix in prefixes for name in names]
+
     def prompt(self, scale: float, argument: str = "guidance_scale") -> dict[str, Any]:
         """Returns prompt embeddings, and negative ones where guidance is on."""
-        prompt = {"prompt_embeds": self.embeds(TEXT_TOKENS, TEXT_DIM), argument: scale if self.guidance else 1.0}
-        if self.guidance:
-            prompt["negative_prompt_embeds"] = self.embeds(TEXT_TOKENS, TEXT_DIM)
-        return prompt
+        embeds = {name: self.embeds(TEXT_TOKENS, TEXT_DIM) for name in self.named("prompt_embeds")}
+        return embeds | {argument: scale if self.guidance else 1.0}
 
-    def masks(self, *names: str, tokens: int = TEXT_TOKENS) -> dict[str, torch.Tensor]:
-        """Returns all-ones masks: the named ones and, where guidance is on, their `negative_` counterparts."""
-        prefixes = ("", "negative_") if self.guidance else ("",)
-        return {prefix + name: torch.ones(self.batch, tokens) for name in names for prefix in prefixes}
-
-    def pooled(self) -> dict[str, torch.Tensor]:
+    def pooled(self) -> dict[str, Any]:
         """Returns pooled prompt embeddings, and negative ones where guidance is on."""
-        names = (
-            ("pooled_prompt_embeds", "negative_pooled_prompt_embeds") if self.guidance else ("pooled_prompt_embeds",)
-        )
-        return {name: self.embeds(POOLED_DIM) for name in names}
+        return {name: self.embeds(POOLED_DIM) for name in self.named("pooled_prompt_embeds")}
+
+    def masks(self, *names: str, tokens: int = TEXT_TOKENS) -> dict[str, Any]:
+        """Returns all-ones masks: the named ones and, where guidance is on, their `negative_` counterparts."""
+        return {name: torch.ones(self.batch, tokens) for name in self.named(*names)}
 
     def image(self) -> torch.Tensor:
         """Returns images in `[0, 1]`, of shape `(batch, 3, PIXELS, PIXELS)`."""
@@ -230,9 +229,9 @@ def _lumina2() -> dict[str, Any]:
     return {"transformer": transformer("Lumina2Transformer2DModel"), "vae": vae(), "scheduler": flow_matching()}
 
 
-def _lumina2_call(call: Call) -> dict[str, Any]:
-    arguments = _masked_call(call)
-    return arguments | {name: mask.bool() for name, mask in call.masks("prompt_attention_mask").items()}
+def _bool_masked_call(call: Call) -> dict[str, Any]:
+    masks = call.masks("prompt_attention_mask")
+    return _masked_call(call) | {name: mask.bool() for name, mask in masks.items()}
 
 
 def _aura_flow() -> dict[str, Any]:
@@ -250,7 +249,7 @@ def _hunyuan_dit() -> dict[str, Any]:
 
 
 def _hunyuan_dit_call(call: Call) -> dict[str, Any]:
-    second = {name: call.embeds(8, 24) for name in ("prompt_embeds_2", "negative_prompt_embeds_2")[: 1 + call.guidance]}
+    second = {name: call.embeds(8, 24) for name in call.named("prompt_embeds_2")}
     return _unbinned_call(call) | second | call.masks("prompt_attention_mask_2", tokens=8)
 
 
@@ -302,6 +301,50 @@ def _ltx_call(call: Call) -> dict[str, Any]:
     return call.prompt(3.0) | call.masks("prompt_attention_mask") | size
 
 
+def _cogview4() -> dict[str, Any]:
+    return {"transformer": transformer("CogView4Transformer2DModel"), "vae": vae(), "scheduler": flow_matching()}
+
+
+def _cogview4_call(call: Call) -> dict[str, Any]:
+    return call.prompt(5.0) | {"height": PIXELS, "width": PIXELS}
+
+
+def _chroma() -> dict[str, Any]:
+    return {"transformer": transformer("ChromaTransformer2DModel"), "vae": vae(), "scheduler": flow_matching()}
+
+
+def _z_image() -> dict[str, Any]:
+    return {"transformer": transformer("ZImageTransformer2DModel"), "vae": vae(), "scheduler": flow_matching()}
+
+
+def _z_image_call(call: Call) -> dict[str, Any]:
+    prompt = call.prompt(5.0)
+    lists = {name: list(prompt[name]) for name in call.named("prompt_embeds")}
+    return prompt | lists | {"guidance_scale": 5.0 if call.guidance else 0.0, "height": PIXELS, "width": PIXELS}
+
+
+def _latte() -> dict[str, Any]:
+    return {
+        "transformer": transformer("LatteTransformer3DModel"),
+        "vae": vae(),
+        "scheduler": DDIMScheduler(clip_sample=False),
+    }
+
+
+def _latte_call(call: Call) -> dict[str, Any]:
+    size = {"height": PIXELS, "width": PIXELS, "video_length": 2}
+    return call.prompt(7.5) | size | {"negative_prompt": None}
+
+
+def _mochi() -> dict[str, Any]:
+    return {"transformer": transformer("MochiTransformer3DModel"), "scheduler": flow_matching(invert_sigmas=True)}
+
+
+def _mochi_call(call: Call) -> dict[str, Any]:
+    size = {"height": PIXELS, "width": PIXELS, "num_frames": 7}
+    return call.prompt(4.5) | call.masks("prompt_attention_mask") | size
+
+
 _ENTRIES = [
     pipeline("DiTPipeline", _dit, _dit_call),
     pipeline("StableDiffusion3Pipeline", _sd3, _sd3_call),
@@ -314,12 +357,17 @@ _ENTRIES = [
     pipeline("WanPipeline", _wan, _wan_call),
     pipeline("WanPipeline", _wan_two_experts, _wan_call, variant="two experts"),
     pipeline("SanaPipeline", _sana, _sana_call),
-    pipeline("Lumina2Pipeline", _lumina2, _lumina2_call),
+    pipeline("Lumina2Pipeline", _lumina2, _bool_masked_call),
     pipeline("AuraFlowPipeline", _aura_flow, _masked_call),
     pipeline("HunyuanDiTPipeline", _hunyuan_dit, _hunyuan_dit_call),
     pipeline("CogVideoXPipeline", _cogvideox, _cogvideox_call),
     pipeline("QwenImagePipeline", _qwen_image, _qwen_image_call),
     pipeline("LTXPipeline", _ltx, _ltx_call),
+    pipeline("CogView4Pipeline", _cogview4, _cogview4_call),
+    pipeline("ChromaPipeline", _chroma, _bool_masked_call),
+    pipeline("ZImagePipeline", _z_image, _z_image_call),
+    pipeline("LattePipeline", _latte, _latte_call),
+    pipeline("MochiPipeline", _mochi, _mochi_call),
 ]
 TINY_PIPELINES: dict[str, TinyPipeline] = {entry.name: entry for entry in _ENTRIES}
 """Name to tiny pipeline."""

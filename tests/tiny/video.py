@@ -319,6 +319,7 @@ ENTRIES = [
         PIXART
         | {
             "in_channels": 4,
+            "out_channels": 8,
             "patch_size": 2,
             "num_layers": 3,
             "num_embeds_ada_norm": 1000,
