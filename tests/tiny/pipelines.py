@@ -333,7 +333,7 @@ def _latte() -> dict[str, Any]:
 
 def _latte_call(call: Call) -> dict[str, Any]:
     size = {"height": PIXELS, "width": PIXELS, "video_length": 2}
-    return call.prompt(7.5) | size | {"negative_prompt": None}
+    return call.prompt(7.5) | size | {"negative_prompt": None, "mask_feature": False}
 
 
 def _mochi() -> dict[str, Any]:
