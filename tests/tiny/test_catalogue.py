@@ -115,9 +115,9 @@ def test_no_block_is_an_identity(name: str) -> None:
     def compare(path: str) -> Any:
         def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             given = [value for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
-            for returned in (output,) if torch.is_tensor(output) else output:
-                if returned is not None and any(returned is value or torch.equal(returned, value) for value in given):
-                    unchanged.append(path)
+            returned = [value for value in ((output,) if torch.is_tensor(output) else output) if value is not None]
+            if any(after is before or torch.equal(after, before) for after in returned for before in given):
+                unchanged.append(path)
 
         return hook
 
