@@ -1,0 +1,87 @@
+"""What an import brings in, each in an interpreter of its own."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastdiff
+
+ROOT_FOLDERS = {"benchmarks", "docs", "eval", "kernels", "pipelines", "tests", "uem"}
+
+
+def run(code: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def modules_after(code: str, cwd: Path) -> dict[str, str]:
+    """Modules loaded after `code` ran in `cwd`, with the file each came from, or the first folder of a namespace."""
+    report = (
+        "import json, sys\n"
+        "place = lambda m: getattr(m, '__file__', None) or str(*list(getattr(m, '__path__', []))[:1])\n"
+        "print(json.dumps({name: place(module) for name, module in sys.modules.items()}))"
+    )
+    return json.loads(run(f"{code}\n{report}", cwd))
+
+
+def in_root_folders(place: str, root: Path) -> bool:
+    return any(Path(place).is_relative_to(root / folder) for folder in ROOT_FOLDERS)
+
+
+def test_root_folders_are_not_imported_by_other_libraries(root: Path) -> None:
+    loaded = modules_after("import transformers, diffusers", cwd=root)
+    assert {"transformers", "diffusers"} <= set(loaded)
+    assert not {name: place for name, place in loaded.items() if in_root_folders(place, root)}
+
+
+def test_no_code_of_ours_runs_when_other_libraries_probe_for_kernels(root: Path, tmp_path: Path) -> None:
+    # Loading a class makes transformers look for the package `kernels`. In the checkout it finds our folder as an
+    # empty namespace, which it must reject: the answer has to be the one that it gives anywhere else.
+    probe = "from transformers import CLIPTextModel; from diffusers import DiTPipeline, FluxPipeline"
+    loaded = modules_after(probe, cwd=root)
+    ours = {name: place for name, place in loaded.items() if in_root_folders(place, root)}
+    assert set(ours.values()) <= {str(root / "kernels")}
+
+    available = f"{probe}; from transformers.utils import is_kernels_available; print(is_kernels_available())"
+    assert run(available, cwd=root) == run(available, cwd=tmp_path)
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    heavy = {"torch", "diffusers", "transformers", "accelerate", "numpy", "matplotlib", "PIL", "triton", "torchmetrics"}
+    assert not heavy & set(modules_after("import fastdiff", cwd=tmp_path))
+
+
+def test_sampling_interface_needs_no_extra(tmp_path: Path) -> None:
+    loaded = modules_after("import fastdiff; fastdiff.FastDiffPipeline; fastdiff.ExitSchedule", cwd=tmp_path)
+    # torch itself loads Triton where it is installed, so only what nobody else would load can be told here.
+    assert not {"matplotlib", "torchmetrics", "fastdiff.eval", "fastdiff.cli"} & set(loaded)
+
+
+@pytest.mark.parametrize("name", fastdiff.__all__)
+def test_every_export_resolves(name: str) -> None:
+    assert getattr(fastdiff, name).__name__ == name
+    assert name in dir(fastdiff)
+
+
+def test_unknown_export_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        fastdiff.no_such_name  # noqa: B018 - reading the attribute is the test
+
+
+def test_type_checkers_see_the_same_exports(root: Path) -> None:
+    tree = ast.parse((root / "fastdiff/__init__.py").read_text(encoding="utf-8"))
+    (block,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    )
+    typed = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert typed == fastdiff._LAZY
+    assert set(typed) <= set(fastdiff.__all__)
