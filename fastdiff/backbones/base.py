@@ -51,16 +51,6 @@ class BlockIO:
             for name, position in zip(self.streams, self.positions, strict=True)
         )
 
-    def replace(self, streams: Streams, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict]:
-        """A call's arguments with other streams."""
-        args, kwargs = list(args), dict(kwargs)
-        for name, position, stream in zip(self.streams, self.positions, streams, strict=True):
-            if name in kwargs:
-                kwargs[name] = stream
-            elif position < len(args):
-                args[position] = stream
-        return args, kwargs
-
     def parse(self, output: Any) -> Streams:
         """The streams in a block's output."""
         if self.returns is None:
