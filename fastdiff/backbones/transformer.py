@@ -110,8 +110,8 @@ def transformer_backbone(denoiser: nn.Module) -> Backbone:
     fragile = type(denoiser).__name__ in WRITES_BLOCK_OUTPUTS
     units = []
     for segment, blocks in enumerate(segments):
-        can_exit = not _starts_over(denoiser) or segment == len(segments) - 1
-        for name, block in blocks:
+        for index, (name, block) in enumerate(blocks):
+            can_exit = not _starts_over(denoiser) or (segment == len(segments) - 1 and index > 0)
             units.append(Unit(block, _block_io(block), UnitTraits(name, can_exit=can_exit), segment, fragile))
     if not units:
         found = [name for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList)]
@@ -142,7 +142,10 @@ def _segments(denoiser: nn.Module) -> Iterator[NamedBlocks]:
 
 
 def _starts_over(denoiser: nn.Module) -> int:
-    """Number of last blocks that begin again from the embedded sample, as MotifVideo's decoder does."""
+    """Number of last blocks that begin again from the embedded sample, as MotifVideo's decoder does.
+
+    An exit up to and including the first of them would leave the output layers with the embedded sample alone.
+    """
     return (
         getattr(denoiser, "num_decoder_layers", 0) if type(denoiser).__name__ == "MotifVideoTransformer3DModel" else 0
     )
