@@ -1,1 +1,20 @@
-"""Reserved for quality metrics, throughput measurement and reports. Empty in this version."""
+"""Measuring what acceleration gains and what it costs: sample quality, paired timing, and where numbers come from."""
+
+from __future__ import annotations
+
+from fastdiff.eval.provenance import describe_environment
+from fastdiff.eval.quality import FeatureStatistics, fid, fid_standard_error, psnr, wilson_interval
+from fastdiff.eval.speed import Ratio, paired_ratio, synchronize, time_interleaved
+
+__all__ = [
+    "FeatureStatistics",
+    "Ratio",
+    "describe_environment",
+    "fid",
+    "fid_standard_error",
+    "paired_ratio",
+    "psnr",
+    "synchronize",
+    "time_interleaved",
+    "wilson_interval",
+]
