@@ -13,7 +13,7 @@ from itertools import chain
 from torch import nn
 
 from fastdiff.backbones.base import Backbone, BlockIO, Unit
-from fastdiff.errors import UnsupportedBackboneError
+from fastdiff.errors import ConfigError, UnsupportedBackboneError
 from fastdiff.plan import UnitTraits
 
 BLOCK_LISTS = (
@@ -93,7 +93,14 @@ def register_block(block: type[nn.Module], streams: Sequence[str], returns: Sequ
 
     Raises:
         UnsupportedBackboneError: if the block's forward lacks one of the streams.
+        ConfigError: if ``returns`` does not say where each stream is returned.
     """
+    places = range(1) if returns is None else returns
+    if len(set(places)) != len(streams) or len(places) != len(streams) or min(places, default=0) < 0:
+        raise ConfigError(
+            f"register_block needs in returns one place from 0 for each of the {len(streams)} streams, or None for a "
+            f"single stream that is returned bare; got {returns!r}."
+        )
     names = list(inspect.signature(block.forward).parameters)
     if missing := [stream for stream in streams if stream not in names]:
         raise UnsupportedBackboneError(f"{block.__name__}.forward has no parameter {missing[0]!r}, only {names[1:]}.")
