@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,11 +110,28 @@ def measure(backbone: Backbone, arguments: Mapping[str, Any], repeats: int = 5) 
 
 def count_macs(backbone: Backbone, arguments: Mapping[str, Any]) -> tuple[np.ndarray, float]:
     """MACs of each unit and of the rest in one evaluation, half of what torch's ``FlopCounterMode`` counts."""
+    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    attention = {
+        getattr(torch.ops.aten, name): _attention_flops for name in _ATTENTION_OPS if hasattr(torch.ops.aten, name)
+    }
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         flops, total = _per_unit(backbone, arguments, counter.get_total_flops)
     return flops / 2, (total - flops.sum()) / 2
+
+
+_ATTENTION_OPS = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_fused_attention_overrideable",  # XPU and out-of-tree devices
+    "_scaled_dot_product_attention_math_for_mps",
+)
+"""Fused attention for which torch's counter has no formula: uncounted, attention on these devices would be free."""
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """FLOPs of ``softmax(q k^T) v`` for shapes ``(..., tokens, channels)``."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def time_units(backbone: Backbone, arguments: Mapping[str, Any], repeats: int) -> tuple[np.ndarray, float]:
