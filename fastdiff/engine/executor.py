@@ -20,6 +20,9 @@ from fastdiff.engine.record import Call, DenoiserRecord
 from fastdiff.methods.base import PlanRequest
 from fastdiff.plan import Action, ComputePlan
 
+GRAPHS = 64
+"""Distinct rows, or kinds of cell where blocks are compiled one by one, that a compiler may keep."""
+
 Planner = Callable[[PlanRequest], ComputePlan]
 """Makes the plan for the evaluations to come."""
 
@@ -83,6 +86,7 @@ class Executor:
             )
             self._attached.append(handle.remove)
         self._watch_context(unwrap(denoiser))
+        self._attached.append(_allow_graphs(GRAPHS))
 
     def close(self) -> None:
         """Stop watching and free what was kept."""
@@ -227,6 +231,18 @@ class Executor:
         for state in self._branches.values():
             for key in [key for key in state.residuals if self._program.last_reader[key] < row]:
                 del state.residuals[key]
+
+
+def _allow_graphs(number: int) -> Callable[[], None]:
+    """Let a compiler keep that many versions of one function; returns how to undo it.
+
+    A plan has a fixed number of distinct rows and each is a graph, but torch gives up beyond 8 by default.
+    """
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    before = getattr(config, name)
+    setattr(config, name, max(before, number))
+    return lambda: setattr(config, name, before)
 
 
 def _as_tensor(weights: tuple[float, ...]) -> torch.Tensor | None:

@@ -55,7 +55,8 @@ class LayerSkipping(Method):
         variant: ``"even"``, or ``"paper"`` for the published rule to the letter.
         fill: what the units left out do: ``"reuse"`` their last residual, or ``"skip"`` (pass through).
         interval: every ``interval``-th evaluation is computed in full, from the first on; 0 for the first only.
-        rotate: shift the kept inner units by one at each evaluation that skips, so that all are refreshed in turn.
+        rotate: shift the kept inner units by one at each evaluation that skips, over one gap between them and back, so
+            that all are refreshed in turn and few different rows arise.
 
     Raises:
         ConfigError: for a value out of range, or a target that cannot be reached (when the plan is made).
@@ -94,8 +95,9 @@ class LayerSkipping(Method):
             kept = set(paper_layers(units, speedup))
         left_out = Action.REUSE if self.fill == "reuse" else Action.SKIP
         table = plan.table.copy()
+        period = max(1, round((units - 1) / max(len(kept) - 1, 1)))  # by then the kept set is back where it was
         for phase, row in enumerate(np.flatnonzero(~keys)):
-            runs = self._rotated(kept, units, phase) if self.rotate else kept
+            runs = self._rotated(kept, units, phase % period) if self.rotate else kept
             table[row] = [Action.COMPUTE if unit in runs else left_out for unit in range(units)]
         return ComputePlan(table, plan.units, plan.meta)
 
