@@ -155,11 +155,14 @@ class ComputePlan:
             PlanError: naming the rule, the row and the unit of the first cell that cannot be executed.
             ProfileMismatchError: if the traits belong to another set of units.
         """
+        if traits is not None:
+            check_same_units(self.units, [trait.name for trait in traits])
         self._check_sources()
         self._check_exits(traits)
         if traits is not None:
-            check_same_units(self.units, [trait.name for trait in traits])
             self._check_skips(traits)
+            dropped = self.table == Action.DROP
+            self._fail("V8", dropped & self._is_read(traits), "another unit reads its result; leave DROP to `prune`.")
         return self
 
     def _fail(self, rule: str, cells: np.ndarray, reason: str) -> None:
@@ -216,24 +219,26 @@ class ComputePlan:
     def prune(self, traits: Sequence[UnitTraits]) -> ComputePlan:
         """Drop units whose result nobody reads (rule V8): neither in their row nor from the cache in a later one."""
         check_same_units(self.units, [trait.name for trait in traits])
+        return ComputePlan(np.where(self._is_read(traits), self.table, Action.DROP), self.units, self.meta)
+
+    def _is_read(self, traits: Sequence[UnitTraits]) -> np.ndarray:
+        """Which cells' results somebody reads, a boolean array of the table's shape."""
         column = {name: index for index, name in enumerate(self.units)}
-        table = self.table.copy()
-        cached: set[tuple[int, int]] = set()  # cells whose value a later row reads
-        for row in range(self.evaluations - 1, -1, -1):
-            read = {len(self.units) - 1}  # the output head reads the last unit
-            for index in range(len(self.units) - 1, -1, -1):
-                if index not in read and (row, index) not in cached:
-                    table[row, index] = Action.DROP
+        is_read = np.zeros(self.table.shape, dtype=bool)
+        is_read[:, -1] = True  # by the output head
+        for row, index in reversed(list(np.ndindex(self.table.shape))):
+            action = self.table[row, index]
+            if not is_read[row, index] or action == Action.DROP:
+                continue
+            if action in READS_CACHE:
+                is_read[list(self.sources(row, index)), index] = True
+                if traits[index].reuse == "output":
                     continue
-                action = self.table[row, index]
-                if action in READS_CACHE:
-                    cached.update((source, index) for source in self.sources(row, index))
-                if action in READS_CACHE and traits[index].reuse == "output":
-                    continue
-                read.add(index - 1)
-                if action == Action.COMPUTE:
-                    read.update(column[name] for name in traits[index].reads)
-        return ComputePlan(table, self.units, self.meta)
+            if index > 0:
+                is_read[row, index - 1] = True
+            if action == Action.COMPUTE:
+                is_read[row, [column[name] for name in traits[index].reads]] = True
+        return is_read
 
     # -- price and picture -------------------------------------------------------------------------------------------
 
