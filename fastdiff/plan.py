@@ -76,7 +76,8 @@ class ComputePlan:
         meta: JSON-compatible facts about where the plan comes from (denoiser class, timesteps, methods, ...).
 
     Raises:
-        PlanError: if the table is not two-dimensional, is empty, does not match ``units``, or has unknown actions.
+        PlanError: if the table is not two-dimensional, is empty, does not match ``units``, or has unknown actions, or
+            if ``meta["forecast_order"]`` is no degree of a polynomial.
     """
 
     table: np.ndarray
@@ -84,7 +85,10 @@ class ComputePlan:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        table = np.array(self.table)
+        try:
+            table = np.array(self.table)
+        except ValueError as error:
+            raise PlanError(f"A plan's table is rectangular, one column for each unit: {error}.") from error
         if table.ndim != 2 or 0 in table.shape:
             raise PlanError(f"A plan's table has shape (evaluations, units), both at least 1; got {table.shape}.")
         if table.shape[1] != len(self.units):
@@ -94,6 +98,9 @@ class ComputePlan:
         if not np.isin(table, [int(action) for action in Action]).all():
             names = ", ".join(f"{action.value}={action.name}" for action in Action)
             raise PlanError(f"The table holds values that are no action; the actions are {names}.")
+        order = self.meta.get("forecast_order", 1)
+        if not isinstance(order, int) or isinstance(order, bool) or order < 1:
+            raise PlanError(f"A plan's forecast_order is a whole number from 1; got {order!r}.")
         table = table.astype(np.int8)
         table.setflags(write=False)
         object.__setattr__(self, "table", table)
@@ -135,7 +142,7 @@ class ComputePlan:
     @property
     def forecast_order(self) -> int:
         """Degree of the polynomial that `Action.FORECAST` cells extrapolate with."""
-        return int(self.meta.get("forecast_order", 1))
+        return self.meta.get("forecast_order", 1)
 
     def sources(self, row: int, column: int) -> tuple[int, ...]:
         """The rows whose computed value a reading cell uses, newest first; fewer than asked near the start."""
