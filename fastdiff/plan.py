@@ -296,8 +296,17 @@ class ComputePlan:
         return cls(np.array([[int(digit) for digit in row] for row in rows], dtype=np.int8), tuple(units), meta)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan as JSON; the file appears whole or not at all."""
-        return write_json(path, self.to_dict())
+        """Write the plan as JSON; the file appears whole or not at all.
+
+        Raises:
+            PlanError: if ``meta`` holds something that JSON cannot.
+        """
+        try:
+            return write_json(path, self.to_dict())
+        except TypeError as error:
+            raise PlanError(
+                f"The plan's meta holds what JSON cannot: {error}. Keep numbers, texts and lists."
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ComputePlan:
@@ -308,7 +317,7 @@ class ComputePlan:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise PlanError(
                 f"{path} cannot be read as a plan: {error}. Expected a file from ComputePlan.save."
             ) from error
@@ -333,10 +342,16 @@ def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> Path:
     """Write JSON so that a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8", suffix=".part") as file:
-        json.dump(data, file, indent=1)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    written = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+        written.chmod(0o644)
+        os.replace(written, path)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
     return path
 
 
