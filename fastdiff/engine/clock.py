@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,26 +38,30 @@ class Grid:
     def of(cls, scheduler: Any) -> Grid:
         """Read a scheduler's grid after its ``set_timesteps``; one device transfer."""
         timesteps = torch.as_tensor(scheduler.timesteps).detach().cpu().double().numpy()
-        training_steps = int(scheduler.config.get("num_train_timesteps", 1000))
-        preconditioned = "sigma_data" in scheduler.config  # EDM: timesteps are a function of log sigma
+        training_steps = int(_config(scheduler).get("num_train_timesteps", 1000))
+        preconditioned = "sigma_data" in _config(scheduler)  # EDM: timesteps are a function of log sigma
         return cls(timesteps, _log_snr(scheduler, timesteps, training_steps), training_steps, not preconditioned)
 
 
 def _log_snr(scheduler: Any, timesteps: np.ndarray, training_steps: int) -> np.ndarray:
+    config = _config(scheduler)
     alphas = getattr(scheduler, "alphas_cumprod", None)
     with np.errstate(divide="ignore"):
+        if config.get("use_flow_sigmas") or (alphas is None and "shift" in config):  # x_t = (1 - s) x + s e
+            noise = np.clip(timesteps / training_steps, 0, 1)
+            return 2 * (np.log1p(-noise) - np.log(noise))
         if alphas is not None:
             alphas = torch.as_tensor(alphas).detach().cpu().double().numpy()
             signal = np.interp(timesteps, np.arange(len(alphas)), alphas)
             return np.log(signal) - np.log1p(-signal)
-        if "sigma_data" in scheduler.config:
+        if "sigma_data" in config:  # x_t = x + s e
             sigmas = torch.as_tensor(scheduler.sigmas).detach().cpu().double().numpy()
-            repeats = np.interp(np.arange(len(timesteps)), np.linspace(0, len(timesteps), len(sigmas)), sigmas)
-            return -2 * np.log(repeats)
-        if "shift" in scheduler.config or "use_flow_sigmas" in scheduler.config:  # rectified flow: x_t = (1-s) x + s e
-            noise = np.clip(timesteps / training_steps, 0, 1)
-            return 2 * (np.log1p(-noise) - np.log(noise))
+            return -2 * np.log(sigmas[: len(timesteps)])
     return np.full_like(timesteps, np.nan)
+
+
+def _config(scheduler: Any) -> Mapping[str, Any]:
+    return getattr(scheduler, "config", None) or {}
 
 
 class _Watched:
