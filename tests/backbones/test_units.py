@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -166,6 +166,7 @@ class FourParameters(nn.Module):
 
 
 @given(st.permutations(NAMES), st.integers(1, 4), st.integers(0, 4), st.data())
+@settings(deadline=None)
 def test_streams_are_read_wherever_the_call_puts_them(
     order: list[str], number: int, positional: int, data: st.DataObject
 ) -> None:
