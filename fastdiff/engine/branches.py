@@ -35,7 +35,7 @@ class BranchFinder:
     """
 
     def __init__(self) -> None:
-        self._known: list[tuple[tuple[Any, ...], list[torch.Tensor], list[torch.Tensor]]] = []
+        self._known: list[_Conditioning] = []
         self._calls: dict[tuple[str | None, int], int] = {}
 
     def next_evaluation(self) -> None:
@@ -52,20 +52,44 @@ class BranchFinder:
 
     def _conditioning(self, arguments: Mapping[str, Any]) -> int:
         tensors = list(_tensors(_conditioning_arguments(arguments)))
-        layout = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        for number, (known_layout, latest, _) in enumerate(self._known):
-            if known_layout == layout and all(map(_same_memory, latest, tensors)):
+        for number, known in enumerate(self._known):
+            if known.is_in_memory_of(tensors):
                 return number
-        for number, (known_layout, _, values) in enumerate(self._known):
-            if known_layout == layout and all(map(torch.equal, values, tensors)):
-                self._known[number] = (layout, tensors, values)
+        for number, known in enumerate(self._known):
+            if known.equals(tensors):
+                known.move_to(tensors)
                 return number
-        self._known.append((layout, tensors, [tensor.detach().clone() for tensor in tensors]))
+        self._known.append(_Conditioning(tensors))
         return len(self._known) - 1
 
 
-def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+class _Conditioning:
+    """What one branch is conditioned on: its values, and the memory where they were last seen, which is kept alive."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._values = [tensor.detach().clone() for tensor in tensors]
+        self.move_to(tensors)
+
+    def move_to(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._places = [_place(tensor) for tensor in tensors]
+
+    def is_in_memory_of(self, tensors: list[torch.Tensor]) -> bool:
+        return self._places == [_place(tensor) for tensor in tensors]
+
+    def equals(self, tensors: list[torch.Tensor]) -> bool:
+        if len(self._values) != len(tensors):
+            return False
+        pairs = list(zip(self._values, tensors, strict=True))
+        return all(a.dtype == b.dtype and a.device == b.device for a, b in pairs) and all(
+            torch.equal(a, b) for a, b in pairs
+        )
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies, and how often it was written to, which inference tensors do not count."""
+    written = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, written
 
 
 def _conditioning_arguments(arguments: Mapping[str, Any]) -> list[Any]:
