@@ -64,6 +64,15 @@ def test_sampling_interface_needs_no_extra(tmp_path: Path) -> None:
     assert not {"matplotlib", "torchmetrics", "fastdiff.eval", "fastdiff.cli"} & set(loaded)
 
 
+def test_checkout_finds_its_mapped_folders_without_an_editable_install(root: Path) -> None:
+    # -S: no import hook of an editable install helps.
+    paths = [path for path in sys.path if path.endswith("site-packages")]
+    code = f"import sys; sys.path += {paths!r}; import fastdiff.pipelines as found; print(found.__file__)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == root / "pipelines/__init__.py"
+
+
 @pytest.mark.parametrize("name", fastdiff.__all__)
 def test_every_export_resolves(name: str) -> None:
     assert getattr(fastdiff, name).__name__ == name
