@@ -1,0 +1,220 @@
+"""Trains, exports and checks the models of the zoo: ``python -m fastdiff.zoo.train --help``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
+
+from fastdiff import zoo
+from fastdiff.errors import FastDiffError
+from fastdiff.methods import ExitSchedule
+
+from . import check, training
+from .data import CHARACTERS, pool
+from .reader import GlyphReader
+from .training_loop import LoopConfig, fit
+
+DESCRIPTION = """\
+Makes the zoo's models from nothing: glyph images, the reader that judges them, the autoencoder, the denoiser, and the
+denoiser's early-exit copy. Run the commands in this order; each says what it needs:
+
+  data    render the training images once (a minute)
+  vae     train the autoencoder                     needs data
+  reader  train the reader                          needs data
+  dit     train the denoiser on the VAE's latents   needs data, vae
+  ase     fine-tune it to exit early                needs dit
+  export  write plain diffusers folders in float16  needs all of the above
+  check   count how many samples the reader can read
+
+Training writes a checkpoint every few hundred steps; the same command continues after an interruption and ends with
+the weights that an uninterrupted run would have."""
+
+ASE_SCHEDULE = ExitSchedule("ase-demo")
+
+
+class MissingStageError(FastDiffError, FileNotFoundError):
+    """A training stage that needs the result of another one."""
+
+
+def _needed(folder: Path, stage: str) -> Path:
+    if not folder.exists():
+        raise MissingStageError(
+            f"{folder} is missing. Run `python -m fastdiff.zoo.train {stage}` first, with the same --work."
+        )
+    return folder
+
+
+def _images(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    return pool(args.work / "pool.safetensors", args.data_seed, args.images)
+
+
+def _config(args: argparse.Namespace, **settings: float | bool) -> LoopConfig:
+    return LoopConfig(steps=args.steps, seed=args.seed, **settings)
+
+
+def _data(args: argparse.Namespace) -> None:
+    images, _ = _images(args)
+    print(f"{len(images)} images in {args.work / 'pool.safetensors'}")
+
+
+def _vae(args: argparse.Namespace) -> None:
+    images, _ = _images(args)
+    torch.manual_seed(args.seed)
+    vae = training.build_vae()
+    config = _config(args, learning_rate=2e-3, warmup_steps=100, checkpoint_every=200, ema_decay=0.995)
+    fit(vae, training.vae_loss(vae, images, args.batch_size), config, args.work / "vae")
+    training.normalize_latents(vae, images[:8000])
+    vae = vae.half().float()  # as it ships, so that the denoiser trains on the latents that it will be decoded with
+    vae.save_pretrained(args.work / "vae" / "model")
+
+
+def _reader(args: argparse.Namespace) -> None:
+    images, labels = _images(args)
+    torch.manual_seed(args.seed)
+    reader = GlyphReader()
+    config = _config(args, learning_rate=3e-3, warmup_steps=100, checkpoint_every=250, ema_decay=0.998)
+    fit(reader, training.reader_loss(reader, images, labels, args.batch_size), config, args.work / "reader")
+    reader.save_pretrained(args.work / "reader" / "model")
+
+
+def _latents(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training latents and their class labels, encoded once."""
+    path = args.work / "latents.safetensors"
+    if not path.exists():
+        images, labels = _images(args)
+        vae = AutoencoderKL.from_pretrained(_needed(args.work / "vae" / "model", "vae")).eval()
+        print("encoding the images ...")
+        save_file({"latents": training.encode(vae, images), "labels": labels[:, 0].contiguous()}, path)
+    stored = load_file(path)
+    return stored["latents"], stored["labels"]
+
+
+def _dit(args: argparse.Namespace) -> None:
+    latents, labels = _latents(args)
+    torch.manual_seed(args.seed)
+    transformer = training.build_transformer()
+    predict = training.denoiser_predictor(transformer, None, args.compile)
+    config = _config(args, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
+    fit(transformer, training.denoiser_loss(predict, latents, labels, args.batch_size), config, args.work / "dit")
+    transformer.save_pretrained(args.work / "dit" / "model")
+
+
+def _ase(args: argparse.Namespace) -> None:
+    latents, labels = _latents(args)
+    transformer = DiTTransformer2DModel.from_pretrained(_needed(args.work / "dit" / "model", "dit"))
+    training.disable_label_dropout(transformer)
+    training.freeze_timestep_embedders(transformer)
+    predict = training.denoiser_predictor(transformer, ASE_SCHEDULE, args.compile)
+    config = _config(args, learning_rate=3e-4, warmup_steps=100, ema_decay=0.999, ema_warmup=False)
+    fit(transformer, training.denoiser_loss(predict, latents, labels, args.batch_size), config, args.work / "ase")
+    transformer.save_pretrained(args.work / "ase" / "model")
+
+
+def export_pipeline(transformer: DiTTransformer2DModel, vae: AutoencoderKL, folder: Path) -> None:
+    """Writes a pipeline as a plain diffusers folder with float16 weights; the models given stay as they are.
+
+    Args:
+        transformer: the denoiser.
+        vae: the autoencoder.
+        folder: replaced if it exists.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    halves = [type(model).from_config(model.config).half() for model in (transformer, vae)]
+    for half, model in zip(halves, (transformer, vae), strict=True):
+        half.load_state_dict(model.state_dict())
+    id2label = dict(enumerate(CHARACTERS))
+    pipe = DiTPipeline(transformer=halves[0], vae=halves[1], scheduler=training.build_scheduler(), id2label=id2label)
+    pipe.register_to_config(id2label={str(index): character for index, character in id2label.items()})
+    pipe.save_pretrained(folder)
+
+
+def _export(args: argparse.Namespace) -> None:
+    vae = AutoencoderKL.from_pretrained(_needed(args.work / "vae" / "model", "vae"))
+    for name, stage in (("glyphs-dit", "dit"), ("glyphs-dit-ase", "ase")):
+        transformer = DiTTransformer2DModel.from_pretrained(_needed(args.work / stage / "model", stage))
+        export_pipeline(transformer, vae, args.out / name)
+    reader = GlyphReader.from_pretrained(_needed(args.work / "reader" / "model", "reader"))
+    shutil.rmtree(args.out / "glyphs-cnn", ignore_errors=True)
+    reader.half().save_pretrained(args.out / "glyphs-cnn")
+    for folder in sorted(args.out.iterdir()):
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        print(f"{folder}: {size / 1e6:.2f} MB")
+
+
+def _check(args: argparse.Namespace) -> None:
+    reader = GlyphReader.from_pretrained(zoo.path("glyphs-cnn")).eval()
+    accuracy = check.reader_accuracy(reader, args.held_out)
+    print(f"reader on {args.held_out} held-out renders: " + ", ".join(f"{k} {v:.2%}" for k, v in accuracy.items()))
+    pipe = DiTPipeline.from_pretrained(zoo.path(args.model))
+    pipe.set_progress_bar_config(disable=True)
+    kept = check.reconstruction(pipe.vae, reader, args.held_out)
+    print(f"autoencoder on the same renders: PSNR {kept['psnr']:.1f} dB, {kept['share_read']:.2%} still read")
+    classes = check.class_sequence(args.per_class)
+    steps, guidance = args.num_inference_steps, args.guidance_scale
+    images = check.sample(pipe, classes, num_inference_steps=steps, guidance_scale=guidance, seed=args.seed)
+    share = check.share_read(reader, images, classes)
+    print(f"{args.model}, {steps} DDIM steps, guidance {guidance}: {share:.2%} of {len(classes)} samples read as asked")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastdiff.zoo.train",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--work", type=Path, default=Path("runs/zoo"), help="folder of data and checkpoints")
+    shared.add_argument("--seed", type=int, default=0, help="seed of initial weights, batches and noise")
+    shared.add_argument("--threads", type=int, help="CPU threads; one is fastest where other programs run")
+    shared.add_argument("--data-seed", type=int, default=1, help="stream of training images")
+    shared.add_argument("--images", type=int, default=150_000, help="number of training images")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run, text: str, steps: int = 0, batch_size: int = 128) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=text, description=text, parents=[shared], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        command.set_defaults(run=run)
+        if steps:
+            command.add_argument("--steps", type=int, default=steps, help="optimiser steps")
+            command.add_argument("--batch-size", type=int, default=batch_size, help="samples per step")
+        return command
+
+    add("data", _data, "render the training images")
+    add("vae", _vae, "train the autoencoder", 3000, 64)
+    add("reader", _reader, "train the reader of characters, fonts and colours", 2000)
+    dit = add("dit", _dit, "train the denoiser", 16_000)
+    ase = add("ase", _ase, "fine-tune the denoiser to exit early under the schedule ase-demo", 5000)
+    for command in (dit, ase):
+        command.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
+    export = add("export", _export, "write plain diffusers folders in float16")
+    export.add_argument("--out", type=Path, default=zoo.path("glyphs-dit").parent, help="folder for the models")
+    checked = add("check", _check, "count how many samples the reader can read")
+    checked.add_argument("--model", default="glyphs-dit", help="a pipeline of the zoo")
+    checked.add_argument("--per-class", type=int, default=20, help="samples of each of the 36 characters")
+    checked.add_argument("--num-inference-steps", type=int, default=50, help="DDIM steps")
+    checked.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance")
+    checked.add_argument(
+        "--held-out", type=int, default=3600, help="held-out renders for the reader and the autoencoder"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command of the zoo's training."""
+    args = _parser().parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        args.run(args)
+    except FastDiffError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
