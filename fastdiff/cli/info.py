@@ -1,0 +1,208 @@
+"""``fastdiff info``: what a model is made of, what its units cost, and what can be done with it."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.cli.options import (
+    add_device_options,
+    call,
+    call_parameters,
+    load_pipeline,
+    new_parser,
+    parse_arguments,
+)
+from fastdiff.errors import FastDiffError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from fastdiff.cost import UnitCosts
+    from fastdiff.methods import Method
+
+PURPOSE = """\
+Say what a model is made of and what can be done with it. Shown are its components, its denoiser's units with their
+multiply-accumulates (MACs) and time, and which methods work on it, or why not. The costs come from a call of two steps. Without MODEL: the models that ship with
+fastdiff, all methods with their fields, and the presets."""
+
+EXAMPLES = (
+    "fastdiff info",
+    "fastdiff info zoo:glyphs-dit",
+    "fastdiff info ./my-pipeline --arg height=512 --arg width=512",
+    "fastdiff info ./my-pipeline --no-cost",
+)
+PROBE_STEPS = 2
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = new_parser(subparsers, "info", PURPOSE, EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder, repository or zoo:NAME")
+    parser.add_argument(
+        "--steps", type=int, default=50, metavar="N", help="steps to price the methods at (default: 50)"
+    )
+    parser.add_argument("--no-cost", action="store_true", help="do not call the pipeline")
+    parser.add_argument(
+        "--arg", action="append", default=[], metavar="NAME=VALUE", help="argument of the call that measures costs"
+    )
+    add_device_options(parser)
+    parser.set_defaults(run=run, method=[], preset="off")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print it."""
+    lines = describe_model(options) if options.model else describe_package()
+    for line in lines:
+        print(line)
+
+
+# -- the package -------------------------------------------------------------------------------------------------------
+
+
+def describe_package() -> Iterator[str]:
+    """Shipped models, methods with their fields, presets."""
+    from fastdiff import zoo
+    from fastdiff.cli.spec import PLAN, field_defaults, format_method, kebab, method_classes
+    from fastdiff.pipelines.acceleration import PRESETS
+
+    yield "Models that ship with fastdiff"
+    yield from (f"  zoo:{name}" for name in zoo.names())
+    yield ""
+    yield "Methods, with their fields and defaults (--method NAME:field=value,field=value)"
+    for name, cls in method_classes().items():
+        yield f"  {name}: {first_sentence(cls)}"
+        yield from (f"      {kebab(field)}={_show(default)}" for field, default in field_defaults(cls).items())
+    yield f"  {PLAN}:FILE: A plan saved by `fastdiff plan save`, `generate` or `demo`."
+    yield ""
+    yield "Presets (--preset NAME)"
+    for name, methods in PRESETS.items():
+        yield f"  {name}: {' '.join(map(format_method, methods)) or 'no method'}"
+
+
+def first_sentence(cls: type) -> str:
+    """The first sentence of a class's docstring."""
+    paragraph = " ".join(inspect.getdoc(cls).partition("\n\n")[0].split()) if cls.__doc__ else ""
+    return paragraph.partition(". ")[0].rstrip(".") + "."
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, (bool, tuple)):
+        return str(list(value) if isinstance(value, tuple) else value).replace(" ", "").lower()
+    return str(value)
+
+
+# -- a model -----------------------------------------------------------------------------------------------------------
+
+
+def describe_model(options: argparse.Namespace) -> Iterator[str]:
+    """Components, units with their costs, and what each method would do."""
+    from torch import nn
+
+    from fastdiff.backbones import view
+    from fastdiff.pipelines.acceleration import DENOISERS
+
+    pipe = load_pipeline(options, options.model, on_unsupported="off")
+    yield f"{options.model}: {type(pipe).__name__}"
+    yield ""
+    yield "Components"
+    yield from _components(pipe)
+    present = [name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)]
+    if not present:
+        yield f"\nNo denoiser: none of the components is called {', '.join(DENOISERS)}."
+    for name in present:
+        module = getattr(pipe, name)
+        yield ""
+        try:
+            units = len(view(module).units)
+        except FastDiffError as error:
+            yield f"{name}: {type(module).__name__}, not supported: {error}"
+            continue
+        yield f"{name}: {type(module).__name__}, {units} units"
+        yield from _denoiser(pipe, name, options)
+
+
+def _components(pipe: DiffusionPipeline) -> Iterator[str]:
+    width = max(map(len, pipe.components))
+    for name, component in pipe.components.items():
+        parameters = getattr(component, "parameters", None)
+        size = f", {count(sum(p.numel() for p in parameters()))} parameters" if callable(parameters) else ""
+        yield f"  {name:<{width}}  {'none' if component is None else type(component).__name__ + size}"
+
+
+def count(number: float) -> str:
+    """A large number with its unit, e.g. ``4.31 M``."""
+    for factor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def _denoiser(pipe: DiffusionPipeline, name: str, options: argparse.Namespace) -> Iterator[str]:
+    """One denoiser's units and what each method would do with them."""
+    costs = None
+    if not options.no_cost:
+        try:
+            costs = _measure(pipe, name, parse_arguments(options.arg))
+        except FastDiffError as error:
+            yield f"  costs are unknown: {error}"
+    yield from _units(costs) if costs else ()
+    yield f"  With {options.steps} steps, as a share of the full {'MACs' if costs else 'cells'}:"
+    for spec, methods in _settings():
+        yield f"    {spec:<36} {_what_it_does(pipe, name, methods, options.steps, costs)}"
+
+
+def _measure(pipe: DiffusionPipeline, name: str, given: dict[str, Any]) -> UnitCosts | None:
+    """Costs in the shapes of a short call; None if the call did not use the denoiser."""
+    import fastdiff
+
+    required = {"class_labels": [0], "prompt": "a photo", "num_inference_steps": PROBE_STEPS}
+    arguments = {key: value for key, value in required.items() if key in call_parameters(pipe)} | given
+    fastdiff.enable(pipe, fastdiff.ExitSchedule("full"))
+    pipe.set_progress_bar_config(disable=True)
+    call(pipe, arguments)
+    measure = pipe.fastdiff.last_run.denoisers[name].measure
+    return measure() if measure else None
+
+
+def _units(costs: UnitCosts) -> Iterator[str]:
+    """MACs and time, one line for each run of units of one list with equal MACs."""
+    yield f"  one evaluation: {count(costs.total_macs)} MACs, {1000 * costs.total_latency:.2f} ms in the pipeline's shapes"
+    rows = list(zip(costs.units, costs.macs, costs.latency, strict=True))
+    for _, run in groupby(rows, key=lambda row: (row[0].rpartition(".")[0], row[1])):
+        units = list(run)
+        names = units[0][0] if len(units) == 1 else f"{units[0][0]} .. {units[-1][0].rpartition('.')[2]}"
+        macs, seconds = units[0][1], sum(unit[2] for unit in units) / len(units)
+        share = macs / costs.total_macs
+        yield f"    {names:<36} {count(macs)} MACs ({share:.1%}), {1000 * seconds:.2f} ms each"
+    share = costs.fixed_macs / costs.total_macs
+    yield f"    {'outside the units':<36} {count(costs.fixed_macs)} MACs ({share:.1%}), {1000 * costs.fixed_latency:.2f} ms"
+
+
+def _settings() -> Iterator[tuple[str, tuple[Method, ...]]]:
+    """Every method with its defaults, and every preset."""
+    from fastdiff.cli.spec import method_classes, parse_method
+    from fastdiff.pipelines.acceleration import PRESETS
+
+    for name in method_classes():
+        spec = f"{name}:preset=ase-demo" if name == "exit-schedule" else name
+        yield spec, (parse_method(spec),)
+    yield from ((f"preset {name}", methods) for name, methods in PRESETS.items() if methods)
+
+
+def _what_it_does(
+    pipe: DiffusionPipeline, name: str, methods: tuple[Method, ...], steps: int, costs: UnitCosts | None
+) -> str:
+    import fastdiff
+
+    try:
+        fastdiff.enable(pipe, methods)
+        cost = pipe.fastdiff.plan(steps, name).cost(costs)
+    except FastDiffError as error:
+        return f"not possible: {error}"
+    return f"{cost.macs_share:.1%}" + (f", {cost.speedup:.2f} times faster expected" if costs else "")

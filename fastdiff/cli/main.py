@@ -1,0 +1,55 @@
+"""Entry point of the `fastdiff` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import fastdiff
+from fastdiff.cli import demo, generate, info, plan
+from fastdiff.cli.options import HelpFormatter, examples
+from fastdiff.errors import FastDiffError
+
+FAILURE = 2
+INTERRUPTED = 130
+SUBCOMMANDS = (demo, generate, plan, info)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="fastdiff",
+        description="Makes diffusers pipelines sample faster by skipping work, and measures what that costs.",
+        epilog=examples("fastdiff demo", "fastdiff info", "fastdiff generate --help"),
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastdiff {fastdiff.__version__}")
+    parser.set_defaults(debug=False)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for subcommand in SUBCOMMANDS:
+        subcommand.add_parser(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line without the program's name; by default the process's.
+
+    Returns:
+        The exit status: 0, 2 for an error that was explained in one line, 130 after Ctrl-C.
+    """
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except FastDiffError as error:
+        if options.debug:
+            raise
+        print(f"fastdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt:
+        print("fastdiff: interrupted, nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    return 0

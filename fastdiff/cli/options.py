@@ -1,0 +1,170 @@
+"""What several subcommands share: options, examples in the help, and loading a pipeline from them."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.errors import ConfigError, FastDiffError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from fastdiff.methods import Method
+
+EXAMPLES = "examples:"
+DTYPES = ("float32", "float16", "bfloat16")
+
+METHOD_HELP = (
+    "NAME or NAME:field=value,field=value; give it several times to combine methods. "
+    "`fastdiff info` lists methods and fields; plan:FILE uses a saved plan"
+)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wraps the purpose to the terminal's width and leaves the examples as they are, to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith(EXAMPLES):
+            return text
+        return textwrap.fill(" ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent)
+
+
+def examples(*commands: str) -> str:
+    """Text for the end of a help page."""
+    return "\n  ".join([EXAMPLES, *commands])
+
+
+def new_parser(subparsers: Any, name: str, purpose: str, commands: tuple[str, ...]) -> argparse.ArgumentParser:
+    """A subcommand's parser, with its purpose in one paragraph and complete command lines as examples."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=purpose.partition(". ")[0].rstrip("."),
+        description=purpose,
+        epilog=examples(*commands),
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    return parser
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """``--method`` and ``--preset``."""
+    parser.add_argument("--method", action="append", default=[], metavar="SPEC", help=METHOD_HELP)
+    parser.add_argument("--preset", help="quality, balanced, fast or off, in place of methods")
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """``--device`` and ``--dtype``."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+
+
+def chosen_methods(options: argparse.Namespace) -> tuple[Method, ...] | None:
+    """The methods named by ``--method``, or None if there is none.
+
+    Raises:
+        ConfigError: for a specification that cannot be read.
+    """
+    from fastdiff.cli.spec import parse_method
+
+    return tuple(map(parse_method, options.method)) or None
+
+
+def choose_device(name: str | None) -> str:
+    """The device to work on.
+
+    Raises:
+        ConfigError: if there is no such device here.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        raise ConfigError(f"The device {name!r} cannot be used here: {error}") from error
+    return name
+
+
+def load_pipeline(options: argparse.Namespace, model: str, *, on_unsupported: str = "raise") -> DiffusionPipeline:
+    """Load a pipeline with the methods, device and dtype that the options name.
+
+    Raises:
+        FastDiffError: as `FastDiffPipeline.from_pretrained` does.
+    """
+    import torch
+
+    from fastdiff.pipelines import FastDiffPipeline
+
+    methods = chosen_methods(options)
+    device = choose_device(options.device)
+    pipe = FastDiffPipeline.from_pretrained(
+        model,
+        methods=methods,
+        preset=options.preset,
+        on_unsupported=on_unsupported,
+        # float32 is the default, and naming it would draw a warning about the argument from newer versions of diffusers.
+        **({} if options.dtype == "float32" else {"torch_dtype": getattr(torch, options.dtype)}),
+    )
+    return pipe.to(device)
+
+
+def call_parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
+    """The parameters of the wrapped pipeline's own call."""
+    from fastdiff.pipelines import FastDiffPipeline
+
+    own = next(cls for cls in type(pipe).__mro__ if "__call__" in vars(cls) and not issubclass(cls, FastDiffPipeline))
+    return dict(list(inspect.signature(own.__call__).parameters.items())[1:])
+
+
+def parse_value(text: str) -> Any:
+    """A value from the command line: JSON where it is JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def parse_arguments(given: list[str]) -> dict[str, Any]:
+    """The arguments given as ``--arg name=value``.
+
+    Raises:
+        ConfigError: for one without an equals sign.
+    """
+    arguments = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--arg takes name=value, for example --arg height=512; got {item!r}.")
+        arguments[name.strip().replace("-", "_")] = parse_value(value)
+    return arguments
+
+
+def call(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> Any:
+    """Call a pipeline.
+
+    Raises:
+        ConfigError: if it refuses the arguments.
+    """
+    with refusals_explained(f"{type(pipe).__name__} refuses these arguments"):
+        return pipe(**arguments)
+
+
+@contextmanager
+def refusals_explained(what: str) -> Iterator[None]:
+    """Within the block, an error about a value becomes a `ConfigError` that begins with ``what``."""
+    try:
+        yield
+    except FastDiffError:
+        raise
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"{what}: {error}") from error
