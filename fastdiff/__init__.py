@@ -21,6 +21,7 @@ from fastdiff.errors import (
 )
 
 if TYPE_CHECKING:
+    from fastdiff.engine import sampling_run
     from fastdiff.methods import ExitSchedule, FeatureInheritance, LayerSkipping
     from fastdiff.pipelines import FastDiffPipeline, disable, disabled, enable, is_enabled
     from fastdiff.plan import Action, ComputePlan
@@ -46,6 +47,7 @@ __all__ = [
     "disabled",
     "enable",
     "is_enabled",
+    "sampling_run",
 ]
 
 _LAZY = {
@@ -59,6 +61,7 @@ _LAZY = {
     "disabled": "fastdiff.pipelines",
     "enable": "fastdiff.pipelines",
     "is_enabled": "fastdiff.pipelines",
+    "sampling_run": "fastdiff.engine",
 }
 
 # In a checkout the sub-packages `pipelines`, `uem`, `kernels` and `eval` lie beside this folder instead of inside it.
