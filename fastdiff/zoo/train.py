@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel, ModelMixin
 from safetensors.torch import load_file, save_file
 
 from fastdiff import zoo
@@ -115,6 +115,14 @@ def _ase(args: argparse.Namespace) -> None:
     transformer.save_pretrained(args.work / "ase" / "model")
 
 
+def _half_copy(model: ModelMixin) -> ModelMixin:
+    """The model in float16, with a configuration that does not say which folder it was loaded from."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    half = type(model).from_config(config).half()
+    half.load_state_dict(model.state_dict())
+    return half
+
+
 def export_pipeline(transformer: DiTTransformer2DModel, vae: AutoencoderKL, folder: Path) -> None:
     """Writes a pipeline as a plain diffusers folder with float16 weights; the models given stay as they are.
 
@@ -124,11 +132,13 @@ def export_pipeline(transformer: DiTTransformer2DModel, vae: AutoencoderKL, fold
         folder: replaced if it exists.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    halves = [type(model).from_config(model.config).half() for model in (transformer, vae)]
-    for half, model in zip(halves, (transformer, vae), strict=True):
-        half.load_state_dict(model.state_dict())
     id2label = dict(enumerate(CHARACTERS))
-    pipe = DiTPipeline(transformer=halves[0], vae=halves[1], scheduler=training.build_scheduler(), id2label=id2label)
+    pipe = DiTPipeline(
+        transformer=_half_copy(transformer),
+        vae=_half_copy(vae),
+        scheduler=training.build_scheduler(),
+        id2label=id2label,
+    )
     pipe.register_to_config(id2label={str(index): character for index, character in id2label.items()})
     pipe.save_pretrained(folder)
 
@@ -140,7 +150,7 @@ def _export(args: argparse.Namespace) -> None:
         export_pipeline(transformer, vae, args.out / name)
     reader = GlyphReader.from_pretrained(_needed(args.work / "reader" / "model", "reader"))
     shutil.rmtree(args.out / "glyphs-cnn", ignore_errors=True)
-    reader.half().save_pretrained(args.out / "glyphs-cnn")
+    _half_copy(reader).save_pretrained(args.out / "glyphs-cnn")
     for folder in sorted(args.out.iterdir()):
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"{folder}: {size / 1e6:.2f} MB")

@@ -88,6 +88,11 @@ class TestFolders:
         assert {file.suffix for file in files} <= {".json", ".safetensors"}
 
     @pytest.mark.parametrize("name", zoo.names())
+    def test_configurations_name_no_folder_of_the_machine_that_made_them(self, name: str) -> None:
+        for file in zoo.path(name).rglob("*.json"):
+            assert "_name_or_path" not in json.loads(file.read_text()), file
+
+    @pytest.mark.parametrize("name", zoo.names())
     def test_weights_are_stored_in_half_precision(self, name: str) -> None:
         for file in zoo.path(name).rglob("*.safetensors"):
             with safe_open(file, "pt") as opened:
