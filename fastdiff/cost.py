@@ -61,8 +61,9 @@ class PlanCost:
 
     Args:
         macs: multiply-accumulates of the whole sampling call, one guidance branch; None where only shares are known.
-        macs_share: as a share of computing everything, in (0, 1].
-        speedup: full latency over the plan's, of the denoiser alone; what reuse itself costs is not counted.
+        macs_share: as a share of computing everything, in [0, 1].
+        speedup: full latency over the plan's, of the denoiser alone; what reuse itself costs is not counted. Infinite
+            for a plan that computes nothing at all.
     """
 
     macs: float | None
@@ -78,12 +79,12 @@ def price(plan: ComputePlan, costs: UnitCosts | None = None) -> PlanCost:
     """
     computed = plan.table == Action.COMPUTE
     if costs is None:
-        return PlanCost(None, plan.share, 1 / plan.share)
+        return PlanCost(None, plan.share, 1 / plan.share if plan.share else math.inf)
     check_same_units(plan.units, costs.units)
     macs = float((computed * costs.macs).sum() + plan.evaluations * costs.fixed_macs)
     seconds = float((computed * costs.latency).sum() + plan.evaluations * costs.fixed_latency)
     share = macs / (plan.evaluations * costs.total_macs)
-    return PlanCost(macs, share, plan.evaluations * costs.total_latency / seconds)
+    return PlanCost(macs, share, plan.evaluations * costs.total_latency / seconds if seconds else math.inf)
 
 
 _measured: WeakKeyDictionary[nn.Module, dict[Any, UnitCosts]] = WeakKeyDictionary()

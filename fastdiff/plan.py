@@ -132,7 +132,7 @@ class ComputePlan:
 
     @property
     def share(self) -> float:
-        """Share of all cells that are computed, in (0, 1]. Units are not equally expensive: see `cost`."""
+        """Share of all cells that are computed, in [0, 1]. Units are not equally expensive: see `cost`."""
         return float((self.table == Action.COMPUTE).mean())
 
     def counts(self) -> dict[str, int]:
