@@ -102,6 +102,7 @@ SHAPES = [UnitTraits("blocks.0"), UnitTraits("blocks.1", same_shape=False), Unit
         ([[C, S, C], [C, C, C], [C, C, S], [C, R, C]], None, None, None),
         ([[C, S, C], [C, R, C]], "V1", 1, 1),
         ([[C, S, C], [C, F, C], [C, C, C]], "V1", 1, 1),
+        ([[C, S, S], [C, S, R], [C, R, C]], "V1", 1, 2),  # of several the first
         ([[C, C, E], [C, C, C], [C, C, R]], None, None, None),
         ([[C, C, E], [C, C, R]], "V1", 1, 2),
         ([[C, C, C], [C, E, C]], "V3", 1, 2),

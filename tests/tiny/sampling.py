@@ -27,6 +27,14 @@ def calls_of(tiny: TinyModel, evaluations: int, batch: int = 2) -> list[dict[str
     return [inputs | {tiny.timestep: (start * float(share)).to(start.dtype)} for share in shares]
 
 
+def calls_at(tiny: TinyModel, timesteps: Sequence[float], batch: int = 2) -> list[dict[str, Any]]:
+    """Returns the same inputs for every evaluation, at training timesteps in the unit that the model takes."""
+    inputs = tiny.inputs(batch, 0)
+    start = inputs[tiny.timestep]
+    unit = 1000 if start.max() <= 1 else 1
+    return [inputs | {tiny.timestep: torch.full_like(start, timestep / unit)} for timestep in timesteps]
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, calls: Calls, return_dict: bool = False) -> list[Any]:
     """Returns what the plain model predicts in each evaluation."""
