@@ -42,11 +42,14 @@ SCHEMA_VERSION = 1
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 """Pipeline components that predict noise; those of a supported class are accelerated."""
 
+FEW_EVALUATIONS = 9
+"""Presets compute shorter calls in full, as distilled models make them: their evaluations have little in common."""
+
 PRESETS: dict[str, tuple[Method, ...]] = {
     "off": (),
-    "quality": (FeatureInheritance(interval=2, order=1, pattern="head_dense", dense=0.2),),
-    "balanced": (FeatureInheritance(interval=3, order=1, pattern="head_dense", dense=0.1),),
-    "fast": (FeatureInheritance(interval=5, order=1, pattern="head_dense", dense=0.1),),
+    "quality": (FeatureInheritance(interval=2, order=2, min_evaluations=FEW_EVALUATIONS),),
+    "balanced": (FeatureInheritance(interval=3, order=2, min_evaluations=FEW_EVALUATIONS),),
+    "fast": (FeatureInheritance(interval=5, order=2, min_evaluations=FEW_EVALUATIONS),),
 }
 """Settings that need no choice; all are training-free."""
 

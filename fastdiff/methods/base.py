@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from fastdiff.errors import ConfigError
+from fastdiff.errors import ConfigError, ProfileMismatchError
 from fastdiff.plan import ComputePlan, merge
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Method:
         names = [field.name for field in fields(cls) if field.init]
         if unknown := set(data) - {"type", *names}:
             raise ConfigError(
-                f"{cls.__name__} has no field {', '.join(sorted(map(repr, unknown)))}; its fields are {', '.join(names)}."
+                f"{cls.__name__} has no field {', '.join(sorted(map(repr, unknown)))}; it has {', '.join(names)}."
             )
         values = {name: value for name, value in data.items() if name != "type"}
         try:
@@ -103,14 +103,35 @@ class Method:
 
 @dataclass(frozen=True)
 class SavedPlan(Method):
-    """A plan made elsewhere, used as a method: same units, same number of evaluations, or an error."""
+    """A plan made elsewhere, used as a method: same units, same number of evaluations, or an error.
 
-    saved: ComputePlan = None  # type: ignore[assignment]
+    Args:
+        saved: the plan, or its `ComputePlan.to_dict` form.
+
+    Raises:
+        ConfigError: if it is neither.
+        PlanError: if the dictionary is no plan.
+    """
+
+    saved: ComputePlan
+
+    def __post_init__(self) -> None:
+        if isinstance(self.saved, Mapping):
+            object.__setattr__(self, "saved", ComputePlan.from_dict(self.saved))
+        if not isinstance(self.saved, ComputePlan):
+            raise ConfigError(f"SavedPlan takes a ComputePlan; got {self.saved!r}.")
+
+    def __str__(self) -> str:
+        rows, units = self.saved.table.shape
+        return f"SavedPlan({rows} evaluations, {units} units, {self.saved.share:.0%} computed)"
 
     def plan(self, request: PlanRequest) -> ComputePlan:
-        if self.saved.evaluations != len(request.grid):
-            from fastdiff.errors import ProfileMismatchError
+        """The saved plan.
 
+        Raises:
+            ProfileMismatchError: if the call makes another number of evaluations.
+        """
+        if self.saved.evaluations != len(request.grid):
             raise ProfileMismatchError(
                 f"The plan is for {self.saved.evaluations} evaluations, this call makes {len(request.grid)}. "
                 "Use the step count and scheduler it was made for, or make a new plan."
@@ -119,9 +140,11 @@ class SavedPlan(Method):
 
     @property
     def is_neutral(self) -> bool:
+        """Whether the plan computes everything."""
         return self.saved.share == 1
 
     def to_dict(self) -> dict[str, Any]:
+        """The plan in full, in its own JSON form."""
         return {"type": "SavedPlan", "saved": self.saved.to_dict()}
 
 

@@ -108,6 +108,7 @@ class ExitSchedule(Method):
 
     @property
     def is_neutral(self) -> bool:
+        """Whether every timestep has the full depth."""
         return self.full is not None and set(self.depths) == {self.full}
 
     def depth_at(self, noise: np.ndarray, units: int) -> np.ndarray:
@@ -132,6 +133,7 @@ class ExitSchedule(Method):
         return depths
 
     def plan(self, request: PlanRequest) -> ComputePlan:
+        """Each row exits at its timestep's depth."""
         plan = request.full_plan(self)
         units = len(plan.units)
         depths = self.depth_at(self._noise(request.grid), units)
@@ -150,6 +152,7 @@ class ExitSchedule(Method):
         return f"ExitSchedule({self.preset!r})" if self.preset and not self.heads else super().__str__()
 
     def exit_heads(self) -> Mapping[str, nn.Module]:
+        """The trained heads, loaded when first asked for."""
         if self.heads is not None and not self._loaded_heads:
             from fastdiff.engine.heads import ExitHeads
 

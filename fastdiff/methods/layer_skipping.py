@@ -83,9 +83,11 @@ class LayerSkipping(Method):
 
     @property
     def is_neutral(self) -> bool:
-        return self.target_speedup is None and self.speedup == 1 or self.interval == 1
+        """Whether every unit is kept or every evaluation is a key."""
+        return (self.target_speedup is None and self.speedup == 1) or self.interval == 1
 
     def plan(self, request: PlanRequest) -> ComputePlan:
+        """Key evaluations are computed, in all others only the kept units."""
         plan = request.full_plan(self)
         rows, units = plan.table.shape
         keys = np.arange(rows) % self.interval == 0 if self.interval else np.arange(rows) == 0
