@@ -22,13 +22,18 @@ def synchronize(device: torch.device | str) -> None:
         getattr(torch, device.type).synchronize(device)
 
 
+def _nothing(name: str) -> None:
+    """What happens between two turns unless something is asked for."""
+
+
 def time_interleaved(
     contenders: Mapping[str, Callable[[int], Any]],
     rounds: int,
     *,
     warm_up: int = 1,
     device: torch.device | str = "cpu",
-    after_each: Callable[[str], None] | None = None,
+    before_each: Callable[[str], None] = _nothing,
+    after_each: Callable[[str], None] = _nothing,
 ) -> dict[str, list[float]]:
     """Time contenders against each other: each runs once in every round, and the order moves on with every round.
 
@@ -40,7 +45,8 @@ def time_interleaved(
         rounds: timed rounds, at least 1.
         warm_up: rounds before that, not timed.
         device: what to wait for before the clock is read.
-        after_each: called with the name after every contender's turn, outside its time.
+        before_each: called with the name before every contender's turn, outside its time.
+        after_each: the same after its turn.
 
     Returns:
         Seconds by name, one entry for each round.
@@ -55,6 +61,7 @@ def time_interleaved(
     for index in range(-warm_up, rounds):
         first = index % len(names)
         for name in names[first:] + names[:first]:
+            before_each(name)
             synchronize(device)
             start = time.perf_counter()
             contenders[name](index)
@@ -62,8 +69,7 @@ def time_interleaved(
             elapsed = time.perf_counter() - start
             if index >= 0:
                 seconds[name].append(elapsed)
-            if after_each is not None:
-                after_each(name)
+            after_each(name)
     return seconds
 
 

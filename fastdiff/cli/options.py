@@ -15,7 +15,9 @@ from fastdiff.errors import ConfigError, FastDiffError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from fastdiff.engine.record import DenoiserRecord
     from fastdiff.methods import Method
+    from fastdiff.plan import ComputePlan
 
 EXAMPLES = "examples:"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -101,21 +103,20 @@ def load_pipeline(options: argparse.Namespace, model: str, *, on_unsupported: st
     Raises:
         FastDiffError: as `FastDiffPipeline.from_pretrained` does.
     """
+    methods = chosen_methods(options)
+    device = choose_device(options.device)
+    return load(model, device, options.dtype, methods=methods, preset=options.preset, on_unsupported=on_unsupported)
+
+
+def load(model: str, device: str, dtype: str, **kwargs: Any) -> DiffusionPipeline:
+    """Load a pipeline; further arguments are those of `FastDiffPipeline.from_pretrained`."""
     import torch
 
     from fastdiff.pipelines import FastDiffPipeline
 
-    methods = chosen_methods(options)
-    device = choose_device(options.device)
-    pipe = FastDiffPipeline.from_pretrained(
-        model,
-        methods=methods,
-        preset=options.preset,
-        on_unsupported=on_unsupported,
-        # float32 is the default, and naming it would draw a warning about the argument from newer versions of diffusers.
-        **({} if options.dtype == "float32" else {"torch_dtype": getattr(torch, options.dtype)}),
-    )
-    return pipe.to(device)
+    if dtype != "float32":  # the default, and naming it would draw a warning about the argument's own name
+        kwargs["torch_dtype"] = getattr(torch, dtype)
+    return FastDiffPipeline.from_pretrained(model, **kwargs).to(device)
 
 
 def call_parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
@@ -124,6 +125,13 @@ def call_parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
 
     own = next(cls for cls in type(pipe).__mro__ if "__call__" in vars(cls) and not issubclass(cls, FastDiffPipeline))
     return dict(list(inspect.signature(own.__call__).parameters.items())[1:])
+
+
+def executed_plan(record: DenoiserRecord) -> ComputePlan:
+    """What a denoiser really ran, with what its plan says of timesteps and methods, so that it can be run again."""
+    from fastdiff.plan import ComputePlan
+
+    return ComputePlan(record.plan.table, record.units, record.plans[-1].meta)
 
 
 def parse_value(text: str) -> Any:

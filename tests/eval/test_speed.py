@@ -33,9 +33,10 @@ def test_what_happens_between_turns_is_not_timed() -> None:
         time.sleep(0.3)
         seen.append(name)
 
-    seconds = time_interleaved({"a": lambda _: None}, 2, warm_up=0, after_each=pause)
+    contenders = {"a": lambda _: seen.append("runs")}
+    seconds = time_interleaved(contenders, 2, warm_up=0, before_each=pause, after_each=pause)
     assert max(seconds["a"]) < 0.3
-    assert seen == ["a", "a"]
+    assert seen == ["a", "runs", "a"] * 2
 
 
 def test_paired_ratio_ignores_a_slow_minute_of_the_machine() -> None:

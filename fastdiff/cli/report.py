@@ -1,0 +1,52 @@
+"""The demo's report: one HTML file that needs nothing else, neither network nor neighbours."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+
+from fastdiff.cli.pictures import png, strip
+from fastdiff.cli.report_template import TEMPLATE
+from fastdiff.cli.results import headline, notes, psnr_text, ratio_text
+from fastdiff.zoo.data import CHARACTERS
+
+if TYPE_CHECKING:
+    from fastdiff.cli.comparison import Comparison
+
+
+def render(comparison: Comparison, data: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
+    """The report as HTML.
+
+    Args:
+        comparison: what was measured.
+        data: the same as `fastdiff.cli.results.as_data` gives it.
+        images: PNG files by name: ``"trade-off"``, and ``"plans/KEY"`` for each contender.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(ratio=ratio_text, psnr=psnr_text)
+    labels = {row.contender.key: row.contender.label for row in comparison.rows}
+    groups = [(group, list(rows)) for group, rows in groupby(comparison.rows, key=lambda row: row.contender.group)]
+    return environment.from_string(TEMPLATE).render(
+        comparison=comparison,
+        settings=comparison.settings,
+        environment=data["environment"],
+        date=data["date"],
+        data_rows={row["key"]: row for row in data["rows"]},
+        groups=groups,
+        labels=labels,
+        characters=CHARACTERS,
+        headline=headline(comparison),
+        notes=notes(comparison),
+        fastest=max(row.speedup.median for row in comparison.rows),
+        strips={row.contender.key: _inline(png(strip(row))) for row in comparison.rows},
+        pictures={name: _inline(picture) for name, picture in images.items()},
+        planned=[row for row in comparison.rows if row.contender.methods],
+    )
+
+
+def _inline(picture: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture).decode('ascii')}"

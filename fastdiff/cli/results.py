@@ -1,0 +1,207 @@
+"""The demo's numbers as data and as tables: JSON with everything, CSV and Markdown to read on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import asdict
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.cli.spec import format_method
+from fastdiff.eval import Ratio, describe_environment
+from fastdiff.eval.provenance import describe_machine
+from fastdiff.zoo.data import CHARACTERS
+
+if TYPE_CHECKING:
+    from fastdiff.cli.comparison import Comparison, Row
+    from fastdiff.eval.glyphs import Score
+
+SCHEMA_VERSION = 1
+
+
+def as_data(comparison: Comparison) -> dict[str, Any]:
+    """Everything that was measured, with where it comes from, JSON-compatible."""
+    settings = comparison.settings
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "date": date.today().isoformat(),
+        "settings": {**asdict(settings), "samples": settings.count, "samples_asked_for": settings.samples},
+        "seeds": [settings.seed, settings.seed + settings.count - 1],
+        "environment": describe_environment(settings.device),
+        "sampling_seconds": comparison.sampling_seconds,
+        "same_work_ratio": asdict(comparison.same_work) if comparison.same_work else None,
+        "renders": _score(comparison.renders),
+        "rows": [_row(comparison, row) for row in comparison.rows],
+    }
+
+
+def _row(comparison: Comparison, row: Row) -> dict[str, Any]:
+    contender = row.contender
+    return {
+        "key": contender.key,
+        "label": contender.label,
+        "group": contender.group,
+        "model": model_of(comparison, row),
+        "methods": [format_method(method) for method in contender.methods],
+        "num_inference_steps": contender.steps,
+        "baseline": contender.baseline,
+        "speedup": asdict(row.speedup),
+        "speedup_single": asdict(row.single_speedup),
+        "seconds": row.seconds,
+        "seconds_single": row.single_seconds,
+        "macs_per_image": row.macs,
+        "macs_share": row.macs_share,
+        **_score(row.score),
+        # JSON knows no infinity: null is a row whose samples equal its baseline's.
+        "psnr": None if math.isinf(row.psnr) else row.psnr,
+        "beaten_by": row.beaten_by,
+        "command": command(comparison, row),
+    }
+
+
+def _score(score: Score) -> dict[str, Any]:
+    return {
+        "samples": score.samples,
+        "fid": score.fid,
+        "fid_interval": list(score.fid_interval),
+        "correct": score.correct,
+        "read_share": score.read_share,
+        "read_interval": [score.read_low, score.read_high],
+    }
+
+
+def model_of(comparison: Comparison, row: Row) -> str:
+    """The model a row was sampled with."""
+    settings = comparison.settings
+    return settings.finetuned if row.contender.finetuned and settings.finetuned else settings.model
+
+
+def command(comparison: Comparison, row: Row) -> str:
+    """The command that samples a row's images again, bit for bit on the same machine."""
+    settings, contender = comparison.settings, row.contender
+    methods = " ".join(f"--method {format_method(method)}" for method in contender.methods) or "--preset off"
+    parts = [
+        f"fastdiff generate {model_of(comparison, row)} {methods}",
+        f"--class-labels $(seq 0 {len(CHARACTERS) - 1})",
+        f"--samples {settings.count} --batch {settings.batch} --seed {settings.seed}",
+        f"--num-inference-steps {contender.steps} --guidance-scale {settings.guidance_scale:g}",
+        f"--device {settings.device} --dtype {settings.dtype} --out {contender.key}",
+    ]
+    return " ".join(parts)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def ratio_text(ratio: Ratio) -> str:
+    """A ratio with its quartiles."""
+    if ratio.low == ratio.high:
+        return f"{ratio.median:.2f}×"
+    return f"{ratio.median:.2f}× ({ratio.low:.2f}–{ratio.high:.2f})"
+
+
+def psnr_text(value: float) -> str:
+    """A PSNR in dB; infinite for equal images."""
+    return "∞" if math.isinf(value) else f"{value:.1f}"
+
+
+def as_csv(comparison: Comparison) -> str:
+    """One line for each row, for a spreadsheet."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(
+        "key label group model methods num_inference_steps samples speedup speedup_low speedup_high pairs "
+        "speedup_single macs_share macs_per_image fid fid_low fid_high psnr read_share read_low read_high "
+        "beaten_by".split()
+    )
+    for row in comparison.rows:
+        contender, score = row.contender, row.score
+        writer.writerow(
+            [
+                contender.key,
+                contender.label,
+                contender.group,
+                model_of(comparison, row),
+                " ".join(map(format_method, contender.methods)),
+                contender.steps,
+                score.samples,
+                *(row.speedup.median, row.speedup.low, row.speedup.high, row.speedup.pairs),
+                row.single_speedup.median,
+                row.macs_share,
+                row.macs,
+                *(score.fid, *score.fid_interval),
+                row.psnr,
+                *(score.read_share, score.read_low, score.read_high),
+                " ".join(row.beaten_by),
+            ]
+        )
+    return buffer.getvalue()
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """The table for a README, with a sentence on how it was measured."""
+    settings, count = comparison.settings, comparison.settings.count
+    lines = [
+        f"| | speedup, {settings.batch} at a time | one at a time | MACs | FID-{count} | PSNR to full, dB | read correctly |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in comparison.rows:
+        score = row.score
+        name = f"{row.contender.group}: {row.contender.label}" if row.contender.finetuned else row.contender.label
+        lines.append(
+            f"| {name}{' †' if row.beaten_by else ''} | {ratio_text(row.speedup)} | {row.single_speedup.median:.2f}× "
+            f"| {row.macs_share:.1%} | {score.fid:.2f} ± {1.96 * score.fid_error:.2f} | {psnr_text(row.psnr)} "
+            f"| {score.read_share:.1%} ({score.read_low:.0%}–{score.read_high:.0%}) |"
+        )
+    return "\n".join([*lines, "", *(f"{note}\n" for note in notes(comparison))])
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """How the numbers came about, one sentence or two each."""
+    settings, renders = comparison.settings, comparison.renders
+    count, steps = settings.count, settings.steps
+    pairs = comparison.rows[0].speedup.pairs
+    machine = describe_machine(describe_environment(settings.device))
+    same_work = comparison.same_work
+    texts = [
+        f"{settings.model}, {steps} steps unless said otherwise, guidance {settings.guidance_scale:g}, "
+        f"{settings.dtype}, {count} samples of each row from seeds {settings.seed} to {settings.seed + count - 1}. "
+        f"{machine}.",
+        f"Speedup: wall clock of whole pipeline calls against full depth with the same weights, median of {pairs} "
+        f"pairs (quartiles). All rows take turns, so that a pair saw the same machine.",
+        f"MACs: multiply-accumulates of the denoiser, counted, as a share of full sampling's "
+        f"{comparison.rows[0].macs / 1e9:.2f} G for an image.",
+        f"FID-{count}: Fréchet distance of the reader's features to {settings.renders} held-out renders, ± 1.96 "
+        f"bootstrap standard errors. It is not Inception's FID and depends on the number of samples: {count} other "
+        f"renders, which are perfect samples, score {renders.fid:.2f}.",
+        "PSNR: against full depth with the same weights and seeds. It says how much a method changes the samples, not "
+        "how good they are.",
+        f"Read correctly: share that the reader takes for the character asked for, 95 % Wilson interval. It reads "
+        f"{renders.read_share:.1%} of the renders.",
+    ]
+    if same_work:
+        texts.insert(
+            2,
+            f"Timing noise: full depth on both sets of weights is the same work, and measured "
+            f"{ratio_text(same_work)} of each other.",
+        )
+    if any(row.beaten_by for row in comparison.rows):
+        texts.append("† Simply taking fewer steps was at least as fast and scored at least as well; see the report.")
+    return texts
+
+
+def headline(comparison: Comparison) -> str:
+    """What a newcomer wants to know first, whatever it turns out to be."""
+    full, default = comparison.row("full"), comparison.row("preset-balanced")
+    text = (
+        f"With nothing but the default preset, sampling took {1 / default.speedup.median:.0%} of the time "
+        f"({default.speedup.median:.2f} times as fast) at {default.macs_share:.0%} of the multiply-accumulates; the "
+        f"reader read {default.score.read_share:.0%} of the samples as asked, against {full.score.read_share:.0%} of "
+        f"those sampled in full."
+    )
+    if default.beaten_by:
+        rivals = " and ".join(comparison.row(key).contender.label.lower() for key in default.beaten_by)
+        text += f" On this model {rivals} did at least as well at that speed."
+    return text
