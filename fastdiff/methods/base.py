@@ -64,7 +64,7 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-compatible form that `from_dict` reads."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"type": type(self).__name__, **plain}
 
