@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -49,6 +48,12 @@ class Method:
         super().__init_subclass__(**kwargs)
         Method.registry[cls.__name__] = cls
 
+    def __post_init__(self) -> None:
+        """Make tuples of lists, as JSON has them, so that equal settings are equal."""
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
+
     def plan(self, request: PlanRequest) -> ComputePlan:
         """The plan for one sampling call."""
         raise NotImplementedError
@@ -88,7 +93,7 @@ class Method:
             )
         values = {name: value for name, value in data.items() if name != "type"}
         try:
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+            return cls(**values)
         except TypeError as error:
             raise ConfigError(f"{cls.__name__} cannot be made from {values}: {error}.") from error
 
@@ -183,5 +188,25 @@ def check_number(method: Any, name: str, low: float, high: float, *, whole: bool
     value = getattr(method, name)
     kind = "a whole number" if whole else "a number"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or math.isnan(value) or not low <= value <= high or (whole and value != int(value)):
+    if not is_number or not low <= value <= high or (whole and value != int(value)):  # NaN is in no range
         raise ConfigError(f"{type(method).__name__}.{name} is {kind} from {low:g} to {high:g}; got {value!r}.")
+
+
+def check_flag(method: Any, name: str) -> None:
+    """Refuse a field that is neither True nor False.
+
+    Raises:
+        ConfigError: naming the field and the value.
+    """
+    if not isinstance(getattr(method, name), bool):
+        raise ConfigError(f"{type(method).__name__}.{name} is True or False; got {getattr(method, name)!r}.")
+
+
+def check_tuple(method: Any, name: str, what: str) -> None:
+    """Refuse a field that is no sequence.
+
+    Raises:
+        ConfigError: naming the field, what it holds and the value.
+    """
+    if not isinstance(getattr(method, name), tuple):
+        raise ConfigError(f"{type(method).__name__}.{name} is a list of {what}; got {getattr(method, name)!r}.")

@@ -6,9 +6,11 @@ Moon et al., "A Simple Early Exiting Framework for Accelerated Sampling in Diffu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from torch import nn
 
 from fastdiff.errors import ConfigError
-from fastdiff.methods.base import Method, PlanRequest, check_number
+from fastdiff.methods.base import Method, PlanRequest, check_number, check_tuple
 from fastdiff.plan import Action, ComputePlan
 
 if TYPE_CHECKING:
@@ -58,6 +60,9 @@ class ExitSchedule(Method):
     _loaded_heads: dict[str, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tuple(self, "bin_edges", "numbers")
+        check_tuple(self, "depths", "whole numbers")
         if self.preset is not None:
             self._take_preset()
         if self.space not in ("timestep", "logsnr"):
@@ -68,12 +73,13 @@ class ExitSchedule(Method):
                 f"ExitSchedule needs one depth for each bin edge, at least one; got {len(edges)} edges and "
                 f"{len(depths)} depths. Or name a preset: {', '.join(PRESETS)}."
             )
-        if not np.isfinite(np.asarray(edges, dtype=float)).all() or not (np.diff(edges) > 0).all():
-            raise ConfigError(f"ExitSchedule.bin_edges are finite and ascending; got {edges}.")
+        numbers = all(isinstance(edge, (int, float)) and -math.inf < edge < math.inf for edge in edges)
+        if not numbers or any(left >= right for left, right in pairwise(edges)):
+            raise ConfigError(f"ExitSchedule.bin_edges are finite ascending numbers; got {edges}.")
         if self.full is not None:
             check_number(self, "full", 1, 10_000, whole=True)
         deepest = self.full or 10_000
-        if not all(isinstance(depth, int) and 1 <= depth <= deepest for depth in depths):
+        if not all(type(depth) is int and 1 <= depth <= deepest for depth in depths):
             raise ConfigError(f"ExitSchedule.depths are whole numbers from 1 to {deepest}; got {depths}.")
 
     def _take_preset(self) -> None:

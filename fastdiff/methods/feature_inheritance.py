@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdiff.errors import ConfigError
-from fastdiff.methods.base import Method, PlanRequest, check_number
+from fastdiff.methods.base import Method, PlanRequest, check_flag, check_number, check_tuple
 from fastdiff.plan import Action, ComputePlan
 
 PATTERNS = ("uniform", "head_dense", "tail_dense", "list")
@@ -47,10 +47,14 @@ class FeatureInheritance(Method):
     min_evaluations: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number(self, "interval", 1, 10_000, whole=True)
         check_number(self, "dense", 0, 1)
         check_number(self, "order", 0, 3, whole=True)
         check_number(self, "min_evaluations", 0, 10_000, whole=True)
+        check_flag(self, "last_key")
+        check_tuple(self, "keys", "evaluation indices")
+        check_tuple(self, "span", "two unit indices")
         if self.pattern not in PATTERNS:
             raise ConfigError(f"FeatureInheritance.pattern is one of {', '.join(PATTERNS)}; got {self.pattern!r}.")
         if not all(isinstance(key, int) and key >= 0 for key in self.keys):

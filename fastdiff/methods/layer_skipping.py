@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdiff.errors import ConfigError
-from fastdiff.methods.base import Method, PlanRequest, check_number
+from fastdiff.methods.base import Method, PlanRequest, check_flag, check_number
 from fastdiff.plan import Action, ComputePlan
 
 
@@ -71,9 +71,11 @@ class LayerSkipping(Method):
     rotate: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number(self, "speedup", 1, 1000)
         check_number(self, "outside_share", 0, 0.999)
         check_number(self, "interval", 0, 10_000, whole=True)
+        check_flag(self, "rotate")
         if self.target_speedup is not None:
             check_number(self, "target_speedup", 1, 1000)
         if self.variant not in ("even", "paper"):
