@@ -158,11 +158,21 @@ class ExitSchedule(Method):
         return f"ExitSchedule({self.preset!r})" if self.preset and not self.heads else super().__str__()
 
     def exit_heads(self) -> Mapping[str, nn.Module]:
-        """The trained heads, loaded when first asked for."""
+        """The trained heads, loaded when first asked for.
+
+        Raises:
+            ConfigError: if the folder holds none.
+        """
         if self.heads is not None and not self._loaded_heads:
             from fastdiff.engine.heads import ExitHeads
 
-            self._loaded_heads.update(ExitHeads.from_pretrained(self.heads).by_unit())
+            try:
+                loaded = ExitHeads.from_pretrained(self.heads, use_safetensors=True, local_files_only=True)
+            except (OSError, TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"ExitSchedule.heads is a folder written by ExitHeads.save_pretrained; got {self.heads!r}: {error}"
+                ) from error
+            self._loaded_heads.update(loaded.by_unit())
         return self._loaded_heads
 
 
