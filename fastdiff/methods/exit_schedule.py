@@ -87,8 +87,10 @@ class ExitSchedule(Method):
             raise ConfigError(f"There is no exit schedule {self.preset!r}; the presets are {', '.join(PRESETS)}.")
         edges, depths = PRESETS[self.preset]
         given = (self.bin_edges, self.depths, self.full)
-        if given not in (((), (), None), (edges, depths, 28)):
-            raise ConfigError(f"The preset {self.preset!r} brings its own table; give a preset or a table, not both.")
+        if given not in (((), (), None), (edges, depths, 28)) or self.space != "timestep":
+            raise ConfigError(
+                f"The preset {self.preset!r} brings its own table, in timesteps; give a preset or a table, not both."
+            )
         for name, value in (("bin_edges", edges), ("depths", depths), ("full", 28)):
             object.__setattr__(self, name, value)
 
