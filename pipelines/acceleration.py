@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -207,7 +208,7 @@ class Acceleration:
         methods = [method.to_dict() for method in self.methods]
         return {"schema_version": SCHEMA_VERSION, "denoisers": denoisers, "methods": methods}
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `fastdiff_config.json` into a pipeline folder."""
         return write_json(Path(folder) / CONFIG_NAME, self.to_dict())
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,40 +98,31 @@ class Executor:
 
     def _watch_compiled(self, denoiser: nn.Module) -> None:
         """`Module.compile` puts forward hooks into the graph; go before it."""
-        compiled = denoiser._compiled_call_impl
+        compiled: Callable[..., Any] = vars(denoiser)["_compiled_call_impl"]
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.before_call(args, kwargs)
             return compiled(*args, **kwargs)
 
-        denoiser._compiled_call_impl = call  # type: ignore[assignment]
-
-        def restore() -> None:
-            denoiser._compiled_call_impl = compiled
-
-        self._attached.append(restore)
+        vars(denoiser)["_compiled_call_impl"] = call
+        self._attached.append(lambda: vars(denoiser).update(_compiled_call_impl=compiled))
 
     def _watch_context(self, denoiser: nn.Module) -> None:
         """Learn the name of the guidance branch from pipelines that open a `cache_context`."""
-        opened = getattr(denoiser, "cache_context", None)
+        opened: Callable[..., Any] | None = getattr(denoiser, "cache_context", None)
         if opened is None:
             return
-        executor = self
 
-        class Context:
-            def __init__(self, name: str, *args: Any, **kwargs: Any) -> None:
-                self.name = name
-                self.inner = opened(name, *args, **kwargs)
+        @contextmanager
+        def named(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+            with opened(name, *args, **kwargs):
+                self.context = name
+                try:
+                    yield
+                finally:
+                    self.context = None
 
-            def __enter__(self) -> Any:
-                executor.context = self.name
-                return self.inner.__enter__()
-
-            def __exit__(self, *error: Any) -> Any:
-                executor.context = None
-                return self.inner.__exit__(*error)
-
-        denoiser.cache_context = Context  # type: ignore[assignment]
+        vars(denoiser)["cache_context"] = named
         self._attached.append(lambda: vars(denoiser).pop("cache_context", None))
 
     # -- one denoiser call -------------------------------------------------------------------------------------------

@@ -162,8 +162,8 @@ def _remove_hook(module: nn.Module, hook: UnitHook) -> None:
     if wrapped_since:
         # accelerate wraps a module by calling its `_old_forward`: put ours out of that, and leave the wrapper in place.
         if module.__dict__.get("_old_forward") is hook.wrapped:
-            module._old_forward = module.forward
-        module.forward = outermost
+            vars(module)["_old_forward"] = module.forward
+        vars(module)["forward"] = outermost
     elif getattr(module.forward, "__func__", None) is type(module).forward:
         del module.__dict__["forward"]
     if not registry.hooks:
