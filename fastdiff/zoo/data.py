@@ -111,7 +111,9 @@ def _glyph_mask(character: int, font: int) -> tuple[Image.Image, float, float]:
     mask = Image.new("L", (size, size), 0)
     face = _font(font, _FONT_SIZE * _SUPERSAMPLING)
     ImageDraw.Draw(mask).text((size // 2, size // 2), CHARACTERS[character], fill=255, font=face, anchor="mm")
-    left, top, right, bottom = mask.getbbox()
+    box = mask.getbbox()
+    assert box is not None, "every face has every character"
+    left, top, right, bottom = box
     return mask, (left + right) / 2, (top + bottom) / 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ denoiser's early-exit copy. Run the commands in this order; each says what it ne
 Training writes a checkpoint every few hundred steps; the same command continues after an interruption and ends with
 the weights that an uninterrupted run would have."""
 
+Command = Callable[[argparse.Namespace], None]
+
 ASE_SCHEDULE = ExitSchedule("ase-demo")
 
 
@@ -53,10 +56,6 @@ def _images(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     return pool(args.work / "pool.safetensors", args.data_seed, args.images)
 
 
-def _config(args: argparse.Namespace, **settings: float | bool) -> LoopConfig:
-    return LoopConfig(steps=args.steps, seed=args.seed, **settings)
-
-
 def _data(args: argparse.Namespace) -> None:
     images, _ = _images(args)
     print(f"{len(images)} images in {args.work / 'pool.safetensors'}")
@@ -66,7 +65,9 @@ def _vae(args: argparse.Namespace) -> None:
     images, _ = _images(args)
     torch.manual_seed(args.seed)
     vae = training.build_vae()
-    config = _config(args, learning_rate=2e-3, warmup_steps=100, checkpoint_every=200, ema_decay=0.995)
+    config = LoopConfig(
+        args.steps, seed=args.seed, learning_rate=2e-3, warmup_steps=100, checkpoint_every=200, ema_decay=0.995
+    )
     fit(vae, training.vae_loss(vae, images, args.batch_size), config, args.work / "vae")
     training.normalize_latents(vae, images[:8000])
     vae = vae.half().float()  # as it ships, so that the denoiser trains on the latents that it will be decoded with
@@ -77,7 +78,9 @@ def _reader(args: argparse.Namespace) -> None:
     images, labels = _images(args)
     torch.manual_seed(args.seed)
     reader = GlyphReader()
-    config = _config(args, learning_rate=3e-3, warmup_steps=100, checkpoint_every=250, ema_decay=0.998)
+    config = LoopConfig(
+        args.steps, seed=args.seed, learning_rate=3e-3, warmup_steps=100, checkpoint_every=250, ema_decay=0.998
+    )
     fit(reader, training.reader_loss(reader, images, labels, args.batch_size), config, args.work / "reader")
     reader.save_pretrained(args.work / "reader" / "model")
 
@@ -99,7 +102,7 @@ def _dit(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     transformer = training.build_transformer()
     predict = training.denoiser_predictor(transformer, None, args.compile)
-    config = _config(args, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
+    config = LoopConfig(args.steps, seed=args.seed, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
     fit(transformer, training.denoiser_loss(predict, latents, labels, args.batch_size), config, args.work / "dit")
     transformer.save_pretrained(args.work / "dit" / "model")
 
@@ -110,7 +113,9 @@ def _ase(args: argparse.Namespace) -> None:
     training.disable_label_dropout(transformer)
     training.freeze_timestep_embedders(transformer)
     predict = training.denoiser_predictor(transformer, ASE_SCHEDULE, args.compile)
-    config = _config(args, learning_rate=3e-4, warmup_steps=100, ema_decay=0.999, ema_warmup=False)
+    config = LoopConfig(
+        args.steps, seed=args.seed, learning_rate=3e-4, warmup_steps=100, ema_decay=0.999, ema_warmup=False
+    )
     fit(transformer, training.denoiser_loss(predict, latents, labels, args.batch_size), config, args.work / "ase")
     transformer.save_pretrained(args.work / "ase" / "model")
 
@@ -185,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--images", type=int, default=150_000, help="number of training images")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run, text: str, steps: int = 0, batch_size: int = 128) -> argparse.ArgumentParser:
+    def add(name: str, run: Command, text: str, steps: int = 0, batch_size: int = 128) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=text, description=text, parents=[shared], formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -96,7 +97,8 @@ class _Checkpoint:
         """Restores everything and returns the number of steps already taken."""
         if not self.path.exists():
             return 0
-        tensors, optimizer_state = load_file(self.path), {}
+        tensors = load_file(self.path)
+        optimizer_state: dict[int, dict[str, torch.Tensor]] = {}
         self.model.load_state_dict(
             {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
         )
@@ -114,8 +116,6 @@ class _Checkpoint:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file."""
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as opened:
         return opened.metadata()
 

@@ -84,6 +84,7 @@ class TestFolders:
     @pytest.mark.parametrize("name", zoo.names())
     def test_at_most_12_megabytes_of_safetensors_and_json(self, name: str) -> None:
         files = [file for file in zoo.path(name).rglob("*") if file.is_file()]
+        assert files
         assert sum(file.stat().st_size for file in files) <= 12_000_000
         assert {file.suffix for file in files} <= {".json", ".safetensors"}
 
