@@ -8,7 +8,9 @@ evaluations and by default reuses the residuals of what it leaves out.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,26 +18,27 @@ from fastdiff.errors import ConfigError
 from fastdiff.methods.base import Method, PlanRequest, check_flag, check_number
 from fastdiff.plan import Action, ComputePlan
 
+if TYPE_CHECKING:
+    from fastdiff.cost import UnitCosts
+
 
 def even_layers(layers: int, kept: int) -> tuple[int, ...]:
-    """``kept`` of ``layers`` indices, both ends among them, with gaps as equal as whole numbers allow."""
+    """``kept`` (at least 2) of ``layers`` indices, both ends among them, the gaps as equal as whole numbers allow."""
     if kept >= layers:
         return tuple(range(layers))
-    if kept < 2:
-        return (0,)
     return tuple(math.floor(index * (layers - 1) / (kept - 1) + 0.5) for index in range(kept))
 
 
-def paper_layers(layers: int, speedup: float) -> tuple[int, ...]:
-    """The published rule (equation 1 and its released form), which for speedups below 2 keeps one block at the bottom.
+def paper_layers(layers: int, kept: int) -> tuple[int, ...]:
+    """The published rule (equation 1 and its released form), which beyond half of the layers leaves out one block.
 
     Raises:
         ConfigError: if fewer than two layers would be kept.
     """
-    kept = math.floor(layers / speedup)
     if kept < 2:
         raise ConfigError(
-            f"The paper's rule keeps at least 2 layers; {layers} layers at speedup {speedup:g} keep {kept}."
+            f"The paper's rule keeps at least 2 layers, here it would keep {kept} of {layers}. "
+            "Ask for a smaller speedup, or use variant='even'."
         )
     interval = layers // (kept - 1)
     inner = [index for index in range(1, layers - 1) if index % interval == 0]
@@ -55,8 +58,8 @@ class LayerSkipping(Method):
         variant: ``"even"``, or ``"paper"`` for the published rule to the letter.
         fill: what the units left out do: ``"reuse"`` their last residual, or ``"skip"`` (pass through).
         interval: every ``interval``-th evaluation is computed in full, from the first on; 0 for the first only.
-        rotate: shift the kept inner units by one at each evaluation that skips, over one gap between them and back, so
-            that all are refreshed in turn and few different rows arise.
+        rotate: shift the kept inner units by one at each evaluation that skips, over the widest gap between them and
+            back, so that all are refreshed in turn and few different rows arise.
 
     Raises:
         ConfigError: for a value out of range, or a target that cannot be reached (when the plan is made).
@@ -93,38 +96,47 @@ class LayerSkipping(Method):
         plan = request.full_plan(self)
         rows, units = plan.table.shape
         keys = np.arange(rows) % self.interval == 0 if self.interval else np.arange(rows) == 0
-        speedup = self.speedup if self.target_speedup is None else self._solve(request, keys)
-        kept = set(even_layers(units, max(2, math.floor(units / speedup))))
-        if self.variant == "paper":
-            kept = set(paper_layers(units, speedup))
+        if self.target_speedup is not None:
+            return self._slowest_on_target(plan, keys, request.costs())
+        kept = math.floor(units / self.speedup + 1e-9)  # 33 / 1.1 is 29.999999999999996
+        return self._with_kept(plan, keys, kept)
+
+    def _with_kept(self, plan: ComputePlan, keys: np.ndarray, kept: int) -> ComputePlan:
+        """The full plan with only ``kept`` units left in the evaluations that are no keys."""
+        units = len(plan.units)
+        layers = paper_layers(units, kept) if self.variant == "paper" else even_layers(units, max(2, kept))
         left_out = Action.REUSE if self.fill == "reuse" else Action.SKIP
         table = plan.table.copy()
-        period = max(1, round((units - 1) / max(len(kept) - 1, 1)))  # by then the kept set is back where it was
+        period = _period(layers, units) if self.rotate else 1
         for phase, row in enumerate(np.flatnonzero(~keys)):
-            runs = self._rotated(kept, units, phase % period) if self.rotate else kept
-            table[row] = [Action.COMPUTE if unit in runs else left_out for unit in range(units)]
+            table[row] = left_out
+            table[row, _rotated(layers, units, phase % period)] = Action.COMPUTE
         return ComputePlan(table, plan.units, plan.meta)
 
-    @staticmethod
-    def _rotated(kept: set[int], units: int, phase: int) -> set[int]:
-        """Shift the inner kept units cyclically; the ends always run."""
-        inner = units - 2
-        return {unit if unit in (0, units - 1) else 1 + (unit - 1 + phase) % inner for unit in kept}
-
-    def _solve(self, request: PlanRequest, keys: np.ndarray) -> float:
-        """The block-compute ratio between keys that makes the whole call ``target_speedup`` times faster."""
+    def _slowest_on_target(self, plan: ComputePlan, keys: np.ndarray, costs: UnitCosts) -> ComputePlan:
+        """Of the plans that make the whole call ``target_speedup`` times faster the one that keeps most units."""
         assert self.target_speedup is not None
-        costs = request.costs()
-        blocks, rest = float(costs.latency.sum()), float(costs.fixed_latency)
-        evaluation = blocks + rest
+        evaluation = costs.total_latency
         outside = evaluation * self.outside_share / (1 - self.outside_share)
-        budget = (evaluation + outside) / self.target_speedup - outside - rest  # for the blocks, per evaluation
-        between = (budget * len(keys) - blocks * keys.sum()) / max((~keys).sum(), 1)
-        fastest = 2 / len(costs.latency)  # the even rule keeps both ends
-        if between < blocks * fastest:
-            best = (evaluation + outside) / (outside + rest + blocks * (keys.mean() + (~keys).mean() * fastest))
-            raise ConfigError(
-                f"target_speedup={self.target_speedup:g} is out of reach: with a full evaluation every "
-                f"{self.interval or len(keys)}, at most {best:.2f} is possible here. Ask for less, or raise interval."
-            )
-        return max(1.0, blocks / between)
+        best = 1.0
+        for kept in range(len(plan.units), min(len(plan.units), 2) - 1, -1):
+            candidate = self._with_kept(plan, keys, kept)
+            reached = (evaluation + outside) / (evaluation / candidate.cost(costs).speedup + outside)
+            if reached >= self.target_speedup * (1 - 1e-9):
+                return candidate
+            best = max(best, reached)
+        raise ConfigError(
+            f"target_speedup={self.target_speedup:g} is out of reach: with a full evaluation every "
+            f"{self.interval or len(keys)}, at most {best:.2f} is possible here. Ask for less, or raise interval."
+        )
+
+
+def _rotated(layers: Sequence[int], units: int, phase: int) -> list[int]:
+    """Shift the inner layers cyclically; the ends stay."""
+    return [layer if layer in (0, units - 1) else 1 + (layer - 1 + phase) % (units - 2) for layer in layers]
+
+
+def _period(layers: Sequence[int], units: int) -> int:
+    """After how many shifts every inner unit has been among the layers: their largest distance, counted around."""
+    inner = [layer for layer in layers if 0 < layer < units - 1]
+    return int(np.diff([*inner, inner[0] + units - 2]).max()) if inner else 1
