@@ -10,19 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from fastdiff import Action, ComputePlan, PlanError, ProfileMismatchError
-from fastdiff.backbones import Backbone, BlockIO, Unit
 from fastdiff.engine.program import extrapolation_weights, lower
-from fastdiff.plan import READS_CACHE, UnitTraits
-from tiny.plans import C, F, R, S, names, networks, plan_of, tables
-
-
-def backbone_of(segments: list[int], traits: list[UnitTraits] | None = None) -> Backbone:
-    traits = traits or [UnitTraits(name) for name in names(len(segments))]
-    units = (Unit(nn.Identity(), BlockIO(), trait, segment) for trait, segment in zip(traits, segments, strict=True))
-    return Backbone(nn.Identity(), tuple(units))
+from fastdiff.plan import READS_CACHE
+from tiny.plans import C, F, R, S, backbone_of, names, networks, plan_of, tables
 
 
 def runs(plan: ComputePlan, segments: list[int], row: int) -> list[tuple[int, int, tuple[int, ...]]]:

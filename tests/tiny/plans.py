@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from torch import nn
 
 from fastdiff import Action, ComputePlan
+from fastdiff.backbones import Backbone, BlockIO, Unit
+from fastdiff.cost import UnitCosts
+from fastdiff.engine import Grid
+from fastdiff.methods import PlanRequest
 from fastdiff.plan import READS_CACHE, UnitTraits
 
 C, F, R, S, D, E = Action.COMPUTE, Action.FORECAST, Action.REUSE, Action.SKIP, Action.DROP, Action.EXIT
@@ -51,3 +57,27 @@ def networks(draw: st.DrawFn, units: int) -> list[UnitTraits]:
         )
         for index, name in enumerate(names(units))
     ]
+
+
+def backbone_of(segments: Sequence[int], traits: Sequence[UnitTraits] | None = None) -> Backbone:
+    """A denoiser of as many identities, for plans that are not executed."""
+    traits = traits or [UnitTraits(name) for name in names(len(segments))]
+    units = (Unit(nn.Identity(), BlockIO(), trait, segment) for trait, segment in zip(traits, segments, strict=True))
+    return Backbone(nn.Identity(), tuple(units))
+
+
+def grid_of(timesteps: Sequence[float], log_snr: Sequence[float] | None = None) -> Grid:
+    """Evaluations at these training timesteps, of unknown signal-to-noise ratio unless it is given."""
+    unknown = np.full(len(timesteps), np.nan)
+    return Grid(np.array(timesteps, dtype=float), unknown if log_snr is None else np.array(log_snr), 1000, True)
+
+
+def request_of(units: int, evaluations: int | Grid, costs: UnitCosts | None = None) -> PlanRequest:
+    """What a method is asked when a call begins, on a denoiser of equal units."""
+    grid = grid_of(np.linspace(999, 0, evaluations)) if isinstance(evaluations, int) else evaluations
+
+    def measured() -> UnitCosts:
+        assert costs is not None, "the method asked for costs"
+        return costs
+
+    return PlanRequest(backbone_of([0] * units), grid, measured)
