@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -190,7 +190,7 @@ def exit_at_depths(denoiser: nn.Module, depths: torch.Tensor) -> Iterator[None]:
         depths: units to run for each sample, shape ``(batch,)``, integers of at least 1.
 
     Raises:
-        ConfigError: if a depth is below 1.
+        ConfigError: if a depth is below 1, or there is not one for each sample of a batch.
         UnsupportedBackboneError: if the denoiser's units cannot be found.
     """
     from fastdiff.backbones import view
@@ -199,9 +199,20 @@ def exit_at_depths(denoiser: nn.Module, depths: torch.Tensor) -> Iterator[None]:
     if depths.ndim != 1 or (depths < 1).any():
         raise ConfigError(f"depths is a vector with a depth of at least 1 for each sample; got {depths.tolist()}.")
     hooks = InstalledHooks(view(denoiser))
+    first = hooks.backbone.units[0]
+
+    def check_batch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        samples = first.io.read(args, kwargs)[0].shape[0]
+        if samples != len(depths):
+            raise ConfigError(
+                f"{len(depths)} depths were given, but {first.name} takes {samples} rows, not one a depth."
+            )
+
+    check = first.module.register_forward_pre_hook(check_batch, with_kwargs=True)
     try:
         active = [(depths > unit).nonzero().flatten() for unit in range(len(hooks.hooks))]
         hooks.set_cells([Cell(rows=rows if len(rows) < len(depths) else None) for rows in active])
         yield
     finally:
+        check.remove()
         hooks.remove()
