@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from fastdiff import Action, ComputePlan, PlanError
 from fastdiff.backbones import view
 from tiny.models import TINY_MODELS
-from tiny.sampling import accelerate, calls_of, counting, evaluate
+from tiny.sampling import accelerate, calls_of, counting, evaluate, traces, without
 
 EVERY_MODEL = pytest.mark.parametrize("name", TINY_MODELS)
 
@@ -50,24 +49,6 @@ def same(left: Any, right: Any) -> bool:
 def far(left: Any, right: Any) -> bool:
     pairs = zip(tensors(left), tensors(right), strict=True)
     return any(not torch.allclose(a, b, rtol=0, atol=1e-4) for a, b in pairs)
-
-
-def traces(model: nn.Module) -> list[str]:
-    """Names of submodules that hold anything a hook leaves behind."""
-    left = ("_diffusers_hook", "forward", "_old_forward", "cache_context")
-    return [
-        name
-        for name, module in model.named_modules()
-        if any(key in vars(module) for key in left) or module._forward_hooks or module._forward_pre_hooks
-    ]
-
-
-def without(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """The model with these blocks taken out of their lists."""
-    for name in reversed(names):
-        path, index = name.rsplit(".", 1)
-        del model.get_submodule(path)[int(index)]
-    return model
 
 
 @EVERY_MODEL

@@ -101,3 +101,21 @@ def _called_once(model: nn.Module, name: str, inputs: dict[str, Any]) -> nn.Modu
     for handle in handles:
         handle.remove()
     return next(module for module, times in seen.items() if times == 1)
+
+
+def traces(model: nn.Module) -> list[str]:
+    """Returns the names of submodules that hold anything a hook leaves behind."""
+    left = ("_diffusers_hook", "forward", "_old_forward", "cache_context")
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(key in vars(module) for key in left) or module._forward_hooks or module._forward_pre_hooks
+    ]
+
+
+def without(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Returns the model with these blocks taken out of their lists, which changes it."""
+    for name in reversed(list(names)):
+        path, index = name.rsplit(".", 1)
+        del model.get_submodule(path)[int(index)]
+    return model
