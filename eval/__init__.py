@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastdiff.eval.provenance import describe_environment
-from fastdiff.eval.quality import FeatureStatistics, fid, fid_standard_error, psnr, wilson_interval
+from fastdiff.eval.quality import FeatureStatistics, fid, psnr, resample_fid, wilson_interval
 from fastdiff.eval.speed import Ratio, paired_ratio, synchronize, time_interleaved
 
 __all__ = [
@@ -11,9 +11,9 @@ __all__ = [
     "Ratio",
     "describe_environment",
     "fid",
-    "fid_standard_error",
     "paired_ratio",
     "psnr",
+    "resample_fid",
     "synchronize",
     "time_interleaved",
     "wilson_interval",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from fastdiff.eval.quality import FeatureStatistics, fid, fid_standard_error, wilson_interval
+from fastdiff.eval.quality import FeatureStatistics, fid, resample_fid, wilson_interval
 from fastdiff.zoo.check import HELD_OUT_SEED
 from fastdiff.zoo.data import render_many, to_tensor
 from fastdiff.zoo.reader import GlyphReader
@@ -22,7 +22,7 @@ class Score:
     Args:
         samples: number of images.
         fid: Fréchet distance of the reader's features to the reference renders; depends on the number of samples.
-        fid_error: its bootstrap standard error.
+        resampled: the same distance of resampled sets (`fastdiff.eval.resample_fid`).
         correct: images that the reader takes for the character they were to show.
         read_low: lower end of the 95 % Wilson interval of that share.
         read_high: its upper end.
@@ -30,7 +30,7 @@ class Score:
 
     samples: int
     fid: float
-    fid_error: float
+    resampled: np.ndarray = field(repr=False, compare=False)
     correct: int
     read_low: float
     read_high: float
@@ -39,6 +39,15 @@ class Score:
     def read_share(self) -> float:
         """Share of images read correctly."""
         return self.correct / self.samples
+
+    @property
+    def fid_error(self) -> float:
+        """Standard error of the distance."""
+        return float(self.resampled.std(ddof=1))
+
+    def fid_change(self, baseline: Score) -> tuple[float, float]:
+        """The distance less a baseline's, and the standard error of that, for samples of the same seeds."""
+        return self.fid - baseline.fid, float((self.resampled - baseline.resampled).std(ddof=1))
 
     @property
     def fid_interval(self) -> tuple[float, float]:
@@ -74,9 +83,8 @@ class GlyphJudge:
         """
         features, read = self._look(images)
         correct = int((read == np.asarray(characters)).sum())
-        distance = fid(features, self._reference)
-        error = fid_standard_error(features, self._reference)
-        return Score(len(images), distance, error, correct, *wilson_interval(correct, len(images)))
+        distance, resampled = (measure(features, self._reference) for measure in (fid, resample_fid))
+        return Score(len(images), distance, resampled, correct, *wilson_interval(correct, len(images)))
 
     def score_renders(self, count: int) -> Score:
         """The score of renders that are not in the reference: what perfect samples of this number would get."""

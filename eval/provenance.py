@@ -36,10 +36,15 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def describe_machine(environment: dict[str, Any]) -> str:
     """What `describe_environment` found, in one line."""
-    machine = f"{environment['processor']}, {environment['cpu_cores']} cores, {environment['torch_threads']} threads"
+    cores, threads = environment["cpu_cores"], environment["torch_threads"]
+    machine = f"{environment['processor']}, {_counted(cores, 'core')}, {_counted(threads, 'thread')}"
     if environment["device"] != "cpu":
         machine = f"{environment['device']}, {machine}"
     return f"{machine}; torch {environment['torch']}, diffusers {environment['diffusers']}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _version(package: str) -> str | None:

@@ -73,23 +73,29 @@ def fid(features: np.ndarray, reference: FeatureStatistics) -> float:
     return max(float(distance), 0.0)
 
 
-def fid_standard_error(
-    features: np.ndarray, reference: FeatureStatistics, resamples: int = 100, seed: int = 0
-) -> float:
-    """Bootstrap standard error of `fid` over the samples; the reference set stays.
+def resample_fid(features: np.ndarray, reference: FeatureStatistics, resamples: int = 100, seed: int = 0) -> np.ndarray:
+    """Bootstrap of `fid` over the samples; the reference set stays.
 
-    Take ``fid ± 1.96 × error`` as the 95 % interval. The bootstrap's percentiles would not do: a resample repeats
-    samples, which raises the distance of every resample above that of the set itself.
+    The standard deviation of the result is the distance's standard error: take ``fid ± 1.96 × error`` as the 95 %
+    interval. The result's percentiles would not do: a resample repeats samples, which raises the distance of every
+    resample above that of the set itself.
+
+    Sets of equal size are resampled alike. Where sample i of both comes from the same seed, the deviation of the
+    difference of two results is therefore the standard error of the distances' difference, which is much smaller than
+    that of either.
 
     Args:
         features: of the samples, shape ``(samples, dim)``.
         reference: of the reference set.
         resamples: how many sets to draw, at least 2.
         seed: of the draws.
+
+    Returns:
+        The distances of the resampled sets, shape ``(resamples,)``.
     """
     features = _check(features)
     draws = np.random.default_rng(seed).integers(0, len(features), (resamples, len(features)))
-    return float(np.std([fid(features[draw], reference) for draw in draws], ddof=1))
+    return np.array([fid(features[draw], reference) for draw in draws])
 
 
 def psnr(images: np.ndarray, reference: np.ndarray) -> float:

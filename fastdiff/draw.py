@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -44,6 +45,16 @@ MEANINGS = {
     Action.DROP: "not needed",
     Action.EXIT: "exited",
 }
+
+NAMES = {
+    Action.COMPUTE: "compute",
+    Action.FORECAST: "forecast",
+    Action.REUSE: "reuse",
+    Action.SKIP: "skip",
+    Action.DROP: "not needed",
+    Action.EXIT: "exited",
+}
+"""Short enough for a legend of one line."""
 
 MAX_LISTS = 6
 """More runs of units than this mean that a denoiser takes its lists in turn; they are then drawn as one."""
@@ -222,6 +233,7 @@ def heat_map(plan: ComputePlan, axes: Axes | None = None) -> Axes:
     _label_rows(plan, axes)
     _label_units(plan, axes)
     _draw_legend(plan, axes)
+    _draw_title(plan, axes)
     return axes
 
 
@@ -286,13 +298,19 @@ def _draw_legend(plan: ComputePlan, axes: Axes) -> None:
     patches = [Patch(facecolor=COLORS[action], edgecolor="#777777", linewidth=0.5) for action in actions]
     axes.legend(
         patches,
-        [MEANINGS[action] for action in actions],
+        [NAMES[action] for action in actions],
         loc="upper center",
         bbox_to_anchor=(0.5, 0),
         borderaxespad=4.8,  # in font sizes: below the names of the block lists, whatever the figure's height
-        ncols=min(len(actions), 3),
+        ncols=min(len(actions), 4),
         frameon=False,
         handlelength=1.0,
         handleheight=1.0,
+        columnspacing=1.2,
     )
-    axes.set_title(headline(plan), loc="left", fontsize="medium", wrap=True)
+
+
+def _draw_title(plan: ComputePlan, axes: Axes) -> None:
+    # matplotlib's own wrapping goes by the figure's edge and cuts lines off beside other axes.
+    inches = axes.get_window_extent().width / axes.figure.dpi
+    axes.set_title(textwrap.fill(headline(plan), max(20, int(10 * inches))), loc="left", fontsize="medium")

@@ -142,6 +142,11 @@ class Row:
     single_speedup: Ratio
     beaten_by: list[str] = field(default_factory=list)
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether other rows are compared with this one, and this one with itself."""
+        return self.contender.key == self.contender.baseline
+
 
 @dataclass
 class Comparison:

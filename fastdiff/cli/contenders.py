@@ -33,6 +33,11 @@ class Contender:
     finetuned: bool = False
     baseline: str = FULL
 
+    @property
+    def title(self) -> str:
+        """The label where the group is not beside it."""
+        return f"{self.group}: {self.label}" if self.finetuned else self.label
+
 
 def contenders(steps: int, *, finetuned: bool) -> list[Contender]:
     """All ways, for full sampling with this many steps.

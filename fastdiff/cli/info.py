@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 PURPOSE = """\
 Say what a model is made of and what can be done with it. Shown are its components, its denoiser's units with their
-multiply-accumulates (MACs) and time, and which methods work on it, or why not. The costs come from a call of two steps. Without MODEL: the models that ship with
-fastdiff, all methods with their fields, and the presets."""
+multiply-accumulates (MACs) and time, and which methods work on it, or why not. The costs come from a call of two steps.
+Without MODEL: the models that ship with fastdiff, all methods with their fields, and the presets."""
 
 EXAMPLES = (
     "fastdiff info",
@@ -172,7 +172,8 @@ def _measure(pipe: DiffusionPipeline, name: str, given: dict[str, Any]) -> UnitC
 
 def _units(costs: UnitCosts) -> Iterator[str]:
     """MACs and time, one line for each run of units of one list with equal MACs."""
-    yield f"  one evaluation: {count(costs.total_macs)} MACs, {1000 * costs.total_latency:.2f} ms in the pipeline's shapes"
+    time = f"{1000 * costs.total_latency:.2f} ms"
+    yield f"  one evaluation in the pipeline's shapes: {count(costs.total_macs)} MACs, {time}"
     rows = list(zip(costs.units, costs.macs, costs.latency, strict=True))
     for _, run in groupby(rows, key=lambda row: (row[0].rpartition(".")[0], row[1])):
         units = list(run)
@@ -181,7 +182,8 @@ def _units(costs: UnitCosts) -> Iterator[str]:
         share = macs / costs.total_macs
         yield f"    {names:<36} {count(macs)} MACs ({share:.1%}), {1000 * seconds:.2f} ms each"
     share = costs.fixed_macs / costs.total_macs
-    yield f"    {'outside the units':<36} {count(costs.fixed_macs)} MACs ({share:.1%}), {1000 * costs.fixed_latency:.2f} ms"
+    time = f"{1000 * costs.fixed_latency:.2f} ms"
+    yield f"    {'outside the units':<36} {count(costs.fixed_macs)} MACs ({share:.1%}), {time}"
 
 
 def _settings() -> Iterator[tuple[str, tuple[Method, ...]]]:

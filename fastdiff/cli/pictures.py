@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from fastdiff.cli.contenders import FULL
 from fastdiff.draw import heat_map
 from fastdiff.zoo.data import CHARACTERS
 
@@ -26,8 +26,8 @@ GROUP_STYLES = {
     "Baseline": ("#000000", "s"),
     "Presets": ("#d55e00", "o"),
     "Training-free methods": ("#0072b2", "^"),
-    "Fine-tuned copy": ("#cc79a7", "D"),
-    "Simply fewer steps": ("#777777", "x"),
+    "Fine-tuned copy": ("#b0508a", "D"),
+    "Simply fewer steps": ("#666666", "p"),
 }
 """Color and marker of each group of contenders; the markers differ too, for eyes and printers that see no color."""
 
@@ -62,7 +62,7 @@ def draw_samples(comparison: Comparison) -> Figure:
         canvas[top : top + height] = np.where(pixels[..., 3:] == 0, 255, pixels)
     figure, axes = pyplot.subplots(figsize=(3.3 + width / 70, 0.5 + canvas.shape[0] / 70), layout="constrained")
     axes.imshow(canvas, interpolation="nearest")
-    labels = [f"{row.contender.label}  {row.speedup.median:.2f}×" for row in rows]
+    labels = [f"{row.contender.title}  {row.speedup.median:.2f}×" for row in rows]
     axes.set_yticks([index * (height + 4) + height / 2 for index in range(len(rows))], labels)
     characters = [CHARACTERS[comparison.settings.characters[index]] for index in SHOWN if index < len(rows[0].images)]
     axes.set_xticks([index * 34 + 16 for index in range(len(characters))], characters)
@@ -77,22 +77,44 @@ def draw_samples(comparison: Comparison) -> Figure:
 
 
 def draw_trade_off(comparison: Comparison) -> Figure:
-    """Distance to real glyphs against speedup: right is faster, down is better."""
+    """Distance to held-out renders, and fidelity to full sampling, against speedup. Contenders are numbered."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8.5, 5.4), layout="constrained")
-    for group, (color, marker) in GROUP_STYLES.items():
-        rows = [row for row in comparison.rows if row.contender.group == group]
-        if rows:
-            _draw_group(axes, rows, group, color, marker)
+    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(7.5, 9.5), layout="constrained", sharex=True)
     plain = [row for row in comparison.rows if not row.contender.methods and not row.contender.finetuned]
-    axes.plot(
-        [row.speedup.median for row in plain], [row.score.fid for row in plain], "--", color="#777777", linewidth=1
+    _draw_line(upper, [(row.speedup.median, row.score.fid) for row in plain])
+    _draw_line(lower, [(row.speedup.median, row.psnr) for row in plain if not row.is_baseline])
+    _draw_renders(upper, comparison.renders.fid)
+    for number, row in enumerate(comparison.rows, 1):
+        _draw_contender(upper, row, number, row.score.fid, row.score.fid_interval)
+        if math.isfinite(row.psnr):
+            _draw_contender(lower, row, number, row.psnr)
+    lowest = min(comparison.renders.fid, *(row.score.fid_interval[0] for row in comparison.rows))
+    upper.set_ylim(bottom=max(0.0, 0.9 * lowest))
+    upper.set_ylabel(f"FID-{comparison.settings.count} on reader features (95 % interval)\nlower is better")
+    lower.set_ylabel("PSNR to full sampling, dB\nhigher is closer")
+    lower.set_xlabel("speedup over full sampling with the same weights (wall clock, median of pairs, quartiles)")
+    handles, labels = upper.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize="small", markerscale=0.6
     )
-    axes.axhline(comparison.renders.fid, color="#009e73", linewidth=1)
+    for axes in (upper, lower):
+        axes.grid(color="#dddddd", linewidth=0.6)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure
+
+
+def _draw_line(axes: Axes, points: list[tuple[float, float]]) -> None:
+    if points:
+        axes.plot(*zip(*points, strict=True), "--", color="#777777", linewidth=1)
+
+
+def _draw_renders(axes: Axes, distance: float) -> None:
+    axes.axhline(distance, color="#009e73", linewidth=1, zorder=0)
     axes.annotate(
         "as many fresh renders",
-        (1, comparison.renders.fid),
+        (1, distance),
         xycoords=("axes fraction", "data"),
         xytext=(-4, 3),
         textcoords="offset points",
@@ -100,52 +122,41 @@ def draw_trade_off(comparison: Comparison) -> Figure:
         color="#00674c",
         fontsize="small",
     )
-    axes.set_xlabel("speedup over full sampling with the same weights (wall clock, median of pairs; quartiles)")
-    axes.set_ylabel(f"FID-{comparison.settings.count} on reader features (95 % interval), lower is better")
-    axes.set_ylim(bottom=0)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.legend(frameon=False, fontsize="small")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure
 
 
-def _draw_group(axes: Axes, rows: list[Row], group: str, color: str, marker: str) -> None:
-    speed = np.array([[row.speedup.median, row.speedup.low, row.speedup.high] for row in rows]).T
-    distance = np.array([[row.score.fid, *row.score.fid_interval] for row in rows]).T
+def _draw_contender(
+    axes: Axes, row: Row, number: int, value: float, interval: tuple[float, float] | None = None
+) -> None:
+    color, marker = GROUP_STYLES[row.contender.group]
+    speed = row.speedup
     axes.errorbar(
-        speed[0],
-        distance[0],
-        xerr=[speed[0] - speed[1], speed[2] - speed[0]],
-        yerr=[distance[0] - distance[1], distance[2] - distance[0]],
-        fmt=marker,
+        speed.median,
+        value,
+        xerr=[[speed.median - speed.low], [speed.high - speed.median]],
+        yerr=None if interval is None else [[value - interval[0]], [interval[1] - value]],
         color=color,
-        label=group,
-        markersize=6,
         elinewidth=0.8,
+        alpha=0.6,
     )
-    for row in rows:
-        if row.contender.key == FULL:
-            continue
-        axes.annotate(
-            _short(row),
-            (row.speedup.median, row.score.fid),
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize="x-small",
-            color=color,
-        )
+    label = f"{number}  {_short(row)}"
+    axes.plot(speed.median, value, marker, color=color, markersize=13, linestyle="none", label=label)
+    axes.annotate(
+        str(number), (speed.median, value), color="white", ha="center", va="center_baseline", fontsize="x-small"
+    )
 
 
 def _short(row: Row) -> str:
-    """A label that fits beside a marker."""
-    return row.contender.key.replace("feature-inheritance", "inheritance").replace("preset-", "").replace("-", " ")
+    """A label that fits into a narrow column."""
+    return row.contender.title.replace(" (experimental)", "").replace("Fine-tuned copy", "Fine-tuned")
 
 
 def draw_plan(row: Row) -> Figure:
-    """The heat map of what a contender ran."""
-    figure = heat_map(row.plan).figure
-    return figure  # type: ignore[return-value]  # matplotlib's stubs allow for figures inside figures
+    """The heat map of what a contender ran, small enough for several side by side."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5.0, 5.2), layout="constrained")
+    heat_map(row.plan, axes)
+    return figure
 
 
 def png(picture: Figure | Image.Image, dpi: int = 110) -> bytes:

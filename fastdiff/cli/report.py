@@ -11,7 +11,8 @@ from jinja2 import Environment, StrictUndefined
 
 from fastdiff.cli.pictures import png, strip
 from fastdiff.cli.report_template import TEMPLATE
-from fastdiff.cli.results import headline, notes, psnr_text, ratio_text
+from fastdiff.cli.results import change_text, distance_text, headline, notes, psnr_text
+from fastdiff.eval.provenance import describe_machine
 from fastdiff.zoo.data import CHARACTERS
 
 if TYPE_CHECKING:
@@ -27,13 +28,16 @@ def render(comparison: Comparison, data: Mapping[str, Any], images: Mapping[str,
         images: PNG files by name: ``"trade-off"``, and ``"plans/KEY"`` for each contender.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(ratio=ratio_text, psnr=psnr_text)
+    environment.filters.update(
+        psnr=psnr_text, distance=distance_text, change=change_text, percent=_percent, fixed=_fixed
+    )
     labels = {row.contender.key: row.contender.label for row in comparison.rows}
     groups = [(group, list(rows)) for group, rows in groupby(comparison.rows, key=lambda row: row.contender.group)]
     return environment.from_string(TEMPLATE).render(
         comparison=comparison,
         settings=comparison.settings,
         environment=data["environment"],
+        machine=describe_machine(data["environment"]),
         date=data["date"],
         data_rows={row["key"]: row for row in data["rows"]},
         groups=groups,
@@ -41,11 +45,20 @@ def render(comparison: Comparison, data: Mapping[str, Any], images: Mapping[str,
         characters=CHARACTERS,
         headline=headline(comparison),
         notes=notes(comparison),
+        scores={row.contender.key: row.score for row in comparison.rows},
         fastest=max(row.speedup.median for row in comparison.rows),
         strips={row.contender.key: _inline(png(strip(row))) for row in comparison.rows},
         pictures={name: _inline(picture) for name, picture in images.items()},
         planned=[row for row in comparison.rows if row.contender.methods],
     )
+
+
+def _percent(share: float, digits: int) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def _fixed(number: float, digits: int) -> str:
+    return f"{number:.{digits}f}"
 
 
 def _inline(picture: bytes) -> str:

@@ -14,7 +14,7 @@ main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 p, li { max-width: 48rem; } p.soft, .soft { color: var(--soft); } .soft { font-size: .9rem; }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; }
-.lead { font-size: 1.05rem; }
+.lead { font-size: 1.05rem; max-width: none; }
 .scroll { overflow-x: auto; padding: 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .45rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
@@ -32,7 +32,7 @@ tr.group th { color: var(--soft); font-size: .8rem; letter-spacing: .04em; text-
 .strips img { width: 100%; image-rendering: pixelated; display: block; }
 .strips .rule { grid-column: 1 / -1; border-top: 1px solid var(--line); }
 .strips .axis { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; text-align: center; }
-.picture { background: #fff; border-radius: .6rem; border: 1px solid var(--line); overflow: hidden; }
+.picture { max-width: 48rem; background: #fff; border-radius: .6rem; border: 1px solid var(--line); overflow: hidden; }
 .picture img { width: 100%; display: block; }
 .plans { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { margin-bottom: .4rem; font-size: .92rem; }
@@ -61,13 +61,12 @@ TEMPLATE = (
 <main>
 <h1>fastdiff demo</h1>
 <p class="soft">{{ settings.model }}, {{ settings.count }} samples of each row, {{ date }}.
-{{ environment.processor }}, {{ environment.cpu_cores }} cores
-{%- if environment.device != "cpu" %}, {{ environment.device }}{% endif %}.</p>
+{{ machine }}.</p>
 <p class="card lead">{{ headline }}</p>
 
 <h2>Samples</h2>
-<p class="soft">Every second character, the first sample of each, good or bad. A column has one seed: what differs within
-it is the method's doing.</p>
+<p class="soft">Every second character, the first sample of each, good or bad. A column has one seed: what differs
+within it is the method's doing.</p>
 <div class="card strips">
 <div class="empty"></div>
 <div class="axis soft" aria-hidden="true">
@@ -76,8 +75,8 @@ it is the method's doing.</p>
 {% for group, rows in groups %}
 <div class="rule"></div>
 {% for row in rows %}
-<div>{% if row.contender.finetuned %}Fine-tuned copy: {% endif %}{{ row.contender.label }}
-<span class="soft">{{ "%.2f"|format(row.speedup.median) }}×</span></div>
+<div>{{ row.contender.title }}
+<span class="soft">{{ row.speedup.median|fixed(2) }}×</span></div>
 <img src="{{ strips[row.contender.key] }}" alt="samples of {{ row.contender.label }}">
 {% endfor %}
 {% endfor %}
@@ -92,50 +91,57 @@ it is the method's doing.</p>
 <th>Speedup<span class="unit">one at a time</span></th>
 <th>MACs<span class="unit">of full</span></th>
 <th>FID-{{ settings.count }}<span class="unit">lower is better</span></th>
+<th>Change<span class="unit">against full</span></th>
 <th>PSNR to full<span class="unit">dB</span></th>
 <th>Read correctly<span class="unit">95 % interval</span></th>
 </tr></thead>
 <tbody>
 {% for group, rows in groups %}
-<tr class="group"><th>{{ group }}</th><td colspan="6"></td></tr>
+<tr class="group"><th>{{ group }}</th><td colspan="7"></td></tr>
 {% for row in rows %}
 <tr>
 <th scope="row">{{ row.contender.label }}
-{%- for key in row.beaten_by %}
-<span class="warn">{{ labels[key] }}: as fast, scores as well</span>
-{%- endfor %}</th>
-<td class="bar" style="--share: {{ "%.1f"|format(100 * row.speedup.median / fastest) }}%">
-{{- "%.2f"|format(row.speedup.median) }}×<br>
-<span class="range">{{ "%.2f"|format(row.speedup.low) }}–{{ "%.2f"|format(row.speedup.high) }}</span></td>
-<td>{{ "%.2f"|format(row.single_speedup.median) }}×</td>
-<td>{{ "%.1f"|format(100 * row.macs_share) }} %</td>
-<td>{{ "%.2f"|format(row.score.fid) }}<br><span class="range">±&nbsp;{{ "%.2f"|format(1.96 * row.score.fid_error) }}</span></td>
+{%- if row.beaten_by %}
+<span class="warn">{{ labels[row.beaten_by[-1]] }}: as fast, no worse</span>
+{%- endif %}</th>
+<td class="bar" style="--share: {{ (100 * row.speedup.median / fastest)|fixed(1) }}%">
+{{- row.speedup.median|fixed(2) }}×
+{%- if row.speedup.low != row.speedup.high %}<br>
+<span class="range">{{ row.speedup.low|fixed(2) }}–{{ row.speedup.high|fixed(2) }}</span>
+{%- endif %}</td>
+<td>{{ row.single_speedup.median|fixed(2) }}×</td>
+<td>{{ row.macs_share|percent(1) }}</td>
+<td>{{ (row.score|distance)[0] }}<br><span class="range">±&nbsp;{{ (row.score|distance)[1] }}</span></td>
+<td>{% if not row.is_baseline %}{{ row.score|change(scores[row.contender.baseline]) }}{% endif %}</td>
 <td>{{ row.psnr|psnr }}</td>
-<td>{{ "%.1f"|format(100 * row.score.read_share) }} %<br>
-<span class="range">{{ "%.0f"|format(100 * row.score.read_low) }}–{{ "%.0f"|format(100 * row.score.read_high) }} %</span></td>
+<td>{{ row.score.read_share|percent(1) }}<br>
+<span class="range">{{ (100 * row.score.read_low)|fixed(0) }}–{{ row.score.read_high|percent(0) }}</span></td>
 </tr>
 {% endfor %}
 {% endfor %}
-<tr class="group"><th>For comparison</th><td colspan="6"></td></tr>
+<tr class="group"><th>For comparison</th><td colspan="7"></td></tr>
 <tr><th scope="row">As many fresh renders</th><td></td><td></td><td></td>
-<td>{{ "%.2f"|format(comparison.renders.fid) }}<br>
-<span class="range">±&nbsp;{{ "%.2f"|format(1.96 * comparison.renders.fid_error) }}</span></td><td></td>
-<td>{{ "%.1f"|format(100 * comparison.renders.read_share) }} %</td></tr>
+<td>{{ (comparison.renders|distance)[0] }}<br>
+<span class="range">±&nbsp;{{ (comparison.renders|distance)[1] }}</span></td><td></td><td></td>
+<td>{{ comparison.renders.read_share|percent(1) }}</td></tr>
 </tbody>
 </table>
 </div>
 
 <h2>Is it worth it?</h2>
-<p class="soft">Right is faster, down is better. The dashed line is what simply taking fewer steps gives: a method is worth
-having where it lies below that line.</p>
-<div class="picture"><img src="{{ pictures["trade-off"] }}" alt="distance to real glyphs against speedup"></div>
+<p class="soft">Right is faster, and good is at the bottom of the first picture and at the top of the second. The dashed
+lines are what simply taking fewer steps gives. A method is worth having where it lies on their good side: below, for
+samples like the real thing; above, for the samples that full sampling would have given.</p>
+<div class="picture"><img src="{{ pictures["trade-off"] }}" alt="distance to held-out renders, and to the samples of full sampling, against speedup"></div>
 
 <h2>What ran</h2>
-<p class="soft">One line for each evaluation of the denoiser, one column for each of its blocks. Dark cells were computed.</p>
+<p class="soft">One line for each evaluation of the denoiser, one column for each of its blocks. Dark cells were
+computed.</p>
 <div class="plans">
 {% for row in planned %}
-<figure><figcaption>{% if row.contender.finetuned %}Fine-tuned copy: {% endif %}{{ row.contender.label }}</figcaption>
-<div class="picture"><img src="{{ pictures["plans/" ~ row.contender.key] }}" alt="plan of {{ row.contender.label }}"></div>
+<figure><figcaption>{{ row.contender.title }}</figcaption>
+<div class="picture">
+<img src="{{ pictures["plans/" ~ row.contender.key] }}" alt="plan of {{ row.contender.label }}"></div>
 </figure>
 {% endfor %}
 </div>
@@ -149,7 +155,7 @@ having where it lies below that line.</p>
 <dl>
 {% for name, value in environment.items() %}<dt>{{ name.replace("_", " ") }}</dt><dd>{{ value }}</dd>
 {% endfor %}
-<dt>sampling</dt><dd>{{ "%.0f"|format(comparison.sampling_seconds) }} s</dd>
+<dt>sampling</dt><dd>{{ comparison.sampling_seconds|fixed(0) }} s</dd>
 </dl>
 </div>
 <details><summary>Sample a row again</summary>

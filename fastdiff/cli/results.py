@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastdiff.eval.glyphs import Score
 
 SCHEMA_VERSION = 1
+BEATEN = "Plain sampling with fewer steps was at least as fast, and its distance and readings were no worse."
 
 
 def as_data(comparison: Comparison) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
 
 
 def _row(comparison: Comparison, row: Row) -> dict[str, Any]:
-    contender = row.contender
+    contender, baseline = row.contender, comparison.row(row.contender.baseline)
     return {
         "key": contender.key,
         "label": contender.label,
@@ -54,6 +55,7 @@ def _row(comparison: Comparison, row: Row) -> dict[str, Any]:
         "macs_per_image": row.macs,
         "macs_share": row.macs_share,
         **_score(row.score),
+        "fid_change": dict(zip(("value", "error"), row.score.fid_change(baseline.score), strict=True)),
         # JSON knows no infinity: null is a row whose samples equal its baseline's.
         "psnr": None if math.isinf(row.psnr) else row.psnr,
         "beaten_by": row.beaten_by,
@@ -102,6 +104,20 @@ def ratio_text(ratio: Ratio) -> str:
     return f"{ratio.median:.2f}× ({ratio.low:.2f}–{ratio.high:.2f})"
 
 
+def distance_text(score: Score) -> tuple[str, str]:
+    """A distance and half its 95 % interval, with the digits that mean something."""
+    half = 1.96 * score.fid_error
+    digits = 2 if half < 1 else 1 if half < 10 else 0
+    return f"{score.fid:.{digits}f}", f"{half:.{digits}f}"
+
+
+def change_text(score: Score, baseline: Score) -> str:
+    """How far a distance is from its baseline's, with half the 95 % interval."""
+    change, error = score.fid_change(baseline)
+    digits = len(distance_text(score)[0].partition(".")[2])
+    return f"{change:+.{digits}f} ± {1.96 * error:.{digits}f}".replace("-", "−")
+
+
 def psnr_text(value: float) -> str:
     """A PSNR in dB; infinite for equal images."""
     return "∞" if math.isinf(value) else f"{value:.1f}"
@@ -111,51 +127,65 @@ def as_csv(comparison: Comparison) -> str:
     """One line for each row, for a spreadsheet."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        "key label group model methods num_inference_steps samples speedup speedup_low speedup_high pairs "
-        "speedup_single macs_share macs_per_image fid fid_low fid_high psnr read_share read_low read_high "
-        "beaten_by".split()
-    )
-    for row in comparison.rows:
-        contender, score = row.contender, row.score
-        writer.writerow(
-            [
-                contender.key,
-                contender.label,
-                contender.group,
-                model_of(comparison, row),
-                " ".join(map(format_method, contender.methods)),
-                contender.steps,
-                score.samples,
-                *(row.speedup.median, row.speedup.low, row.speedup.high, row.speedup.pairs),
-                row.single_speedup.median,
-                row.macs_share,
-                row.macs,
-                *(score.fid, *score.fid_interval),
-                row.psnr,
-                *(score.read_share, score.read_low, score.read_high),
-                " ".join(row.beaten_by),
-            ]
-        )
+    lines = [_flat(comparison, row) for row in comparison.rows]
+    writer.writerow(lines[0])
+    writer.writerows(line.values() for line in lines)
     return buffer.getvalue()
+
+
+def _flat(comparison: Comparison, row: Row) -> dict[str, Any]:
+    contender, score = row.contender, row.score
+    return {
+        "key": contender.key,
+        "label": contender.label,
+        "group": contender.group,
+        "model": model_of(comparison, row),
+        "methods": " ".join(map(format_method, contender.methods)),
+        "num_inference_steps": contender.steps,
+        "samples": score.samples,
+        "speedup": row.speedup.median,
+        "speedup_low": row.speedup.low,
+        "speedup_high": row.speedup.high,
+        "pairs": row.speedup.pairs,
+        "speedup_single": row.single_speedup.median,
+        "macs_share": row.macs_share,
+        "macs_per_image": row.macs,
+        "fid": score.fid,
+        "fid_low": score.fid_interval[0],
+        "fid_high": score.fid_interval[1],
+        "fid_change": row.score.fid_change(comparison.row(contender.baseline).score)[0],
+        "fid_change_error": row.score.fid_change(comparison.row(contender.baseline).score)[1],
+        "psnr": row.psnr,
+        "read_share": score.read_share,
+        "read_low": score.read_low,
+        "read_high": score.read_high,
+        "beaten_by": " ".join(row.beaten_by),
+    }
 
 
 def as_markdown(comparison: Comparison) -> str:
     """The table for a README, with a sentence on how it was measured."""
     settings, count = comparison.settings, comparison.settings.count
     lines = [
-        f"| | speedup, {settings.batch} at a time | one at a time | MACs | FID-{count} | PSNR to full, dB | read correctly |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| | speedup, {settings.batch} at a time | one at a time | MACs | FID-{count} | change | "
+        "PSNR to full, dB | read correctly |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in comparison.rows:
         score = row.score
-        name = f"{row.contender.group}: {row.contender.label}" if row.contender.finetuned else row.contender.label
-        lines.append(
-            f"| {name}{' †' if row.beaten_by else ''} | {ratio_text(row.speedup)} | {row.single_speedup.median:.2f}× "
-            f"| {row.macs_share:.1%} | {score.fid:.2f} ± {1.96 * score.fid_error:.2f} | {psnr_text(row.psnr)} "
-            f"| {score.read_share:.1%} ({score.read_low:.0%}–{score.read_high:.0%}) |"
-        )
-    return "\n".join([*lines, "", *(f"{note}\n" for note in notes(comparison))])
+        cells = [
+            row.contender.title + (" †" if row.beaten_by else ""),
+            ratio_text(row.speedup),
+            f"{row.single_speedup.median:.2f}×",
+            f"{row.macs_share:.1%}",
+            " ± ".join(distance_text(score)),
+            "" if row.is_baseline else change_text(score, comparison.row(row.contender.baseline).score),
+            psnr_text(row.psnr),
+            f"{score.read_share:.1%} ({score.read_low:.0%}–{score.read_high:.0%})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    dagger = f"† {BEATEN} See the report." if any(row.beaten_by for row in comparison.rows) else ""
+    return "\n".join([*lines, "", *(f"{note}\n" for note in [dagger, *notes(comparison)] if note)])
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -175,7 +205,8 @@ def notes(comparison: Comparison) -> list[str]:
         f"{comparison.rows[0].macs / 1e9:.2f} G for an image.",
         f"FID-{count}: Fréchet distance of the reader's features to {settings.renders} held-out renders, ± 1.96 "
         f"bootstrap standard errors. It is not Inception's FID and depends on the number of samples: {count} other "
-        f"renders, which are perfect samples, score {renders.fid:.2f}.",
+        f"renders, which are perfect samples, score {distance_text(renders)[0]}. The change against full depth has a smaller interval than either, because both "
+        "start from the same noise.",
         "PSNR: against full depth with the same weights and seeds. It says how much a method changes the samples, not "
         "how good they are.",
         f"Read correctly: share that the reader takes for the character asked for, 95 % Wilson interval. It reads "
@@ -187,8 +218,6 @@ def notes(comparison: Comparison) -> list[str]:
             f"Timing noise: full depth on both sets of weights is the same work, and measured "
             f"{ratio_text(same_work)} of each other.",
         )
-    if any(row.beaten_by for row in comparison.rows):
-        texts.append("† Simply taking fewer steps was at least as fast and scored at least as well; see the report.")
     return texts
 
 
@@ -202,6 +231,11 @@ def headline(comparison: Comparison) -> str:
         f"those sampled in full."
     )
     if default.beaten_by:
-        rivals = " and ".join(comparison.row(key).contender.label.lower() for key in default.beaten_by)
-        text += f" On this model {rivals} did at least as well at that speed."
+        rival = comparison.row(default.beaten_by[-1])
+        text += f" Plain sampling with {rival.contender.steps} steps was as fast here, and no worse by these measures"
+        if rival.psnr < default.psnr:
+            text += (
+                f"; its samples differ more from those sampled in full ({rival.psnr:.1f} against {default.psnr:.1f} dB)"
+            )
+        text += "."
     return text

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdiff.errors import ConfigError
-from fastdiff.eval import FeatureStatistics, fid, fid_standard_error, psnr, wilson_interval
+from fastdiff.eval import FeatureStatistics, fid, psnr, resample_fid, wilson_interval
 
 
 def gaussian(count: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -61,22 +61,41 @@ def test_fid_equals_torchmetrics() -> None:
     assert fid(fake, FeatureStatistics.of(real)) == pytest.approx(metric.compute().item(), rel=1e-9)
 
 
+def standard_error(features: np.ndarray, reference: FeatureStatistics) -> float:
+    return float(resample_fid(features, reference).std(ddof=1))
+
+
 def test_fid_standard_error_falls_with_the_number_of_samples() -> None:
     reference = FeatureStatistics.of(gaussian(2000, 4))
-    few, many = (fid_standard_error(gaussian(count, 4, seed=1) + 1, reference) for count in (50, 1600))
+    few, many = (standard_error(gaussian(count, 4, seed=1) + 1, reference) for count in (50, 1600))
     assert few / many == pytest.approx(math.sqrt(1600 / 50), rel=0.35)
 
 
 def test_fid_standard_error_is_that_of_fresh_samples() -> None:
     reference = FeatureStatistics.of(gaussian(4000, 4))
     fresh = np.std([fid(gaussian(200, 4, seed=seed) + 1, reference) for seed in range(2, 102)])
-    assert fid_standard_error(gaussian(200, 4, seed=1) + 1, reference) == pytest.approx(fresh, rel=0.35)
+    assert standard_error(gaussian(200, 4, seed=1) + 1, reference) == pytest.approx(fresh, rel=0.35)
 
 
-def test_fid_standard_error_repeats_with_its_seed() -> None:
+def test_resampling_repeats_with_its_seed() -> None:
     features, reference = gaussian(40, 4), FeatureStatistics.of(gaussian(100, 4, seed=1))
-    first, again, other = (fid_standard_error(features, reference, 20, seed) for seed in (0, 0, 1))
-    assert first == again != other
+    first, again, other = (resample_fid(features, reference, 20, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_the_error_of_a_difference_is_that_of_fresh_pairs_and_smaller_than_either() -> None:
+    reference = FeatureStatistics.of(gaussian(4000, 4))
+
+    def pair(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        features = gaussian(200, 4, seed=seed) + 1
+        return features, features * 1.05
+
+    fresh = np.std([fid(b, reference) - fid(a, reference) for a, b in map(pair, range(2, 102))])
+    first, second = (resample_fid(features, reference) for features in pair(1))
+    paired = (second - first).std(ddof=1)
+    assert paired == pytest.approx(fresh, rel=0.35)
+    assert paired < 0.5 * first.std(ddof=1)
 
 
 @pytest.mark.parametrize(
