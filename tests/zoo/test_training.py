@@ -205,6 +205,8 @@ def test_export_is_a_half_precision_folder_that_samples(
     assert pipe.labels == {character: index for index, character in enumerate(data.CHARACTERS)}
     for name, value in pipe.transformer.state_dict().items():
         assert torch.equal(value, transformer.state_dict()[name].half().float()), name
+    train.export_pipeline(pipe.transformer, pipe.vae, tmp_path / "again")  # models that know where they came from
+    assert not [file for file in (tmp_path / "again").rglob("*.json") if str(tmp_path) in file.read_text()]
     images = pipe(class_labels=[3, 5], num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 32, 32, 3)
 
