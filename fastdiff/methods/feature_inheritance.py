@@ -95,6 +95,7 @@ class FeatureInheritance(Method):
         keys = self.key_evaluations(rows)
         inherited = span & ~keys[:, None]
         seen = np.cumsum(keys)[:, None]  # a forecast needs two keys before it
-        forecast = inherited & (seen >= 2) & (self.order > 0)
-        table = np.where(forecast, Action.FORECAST, np.where(inherited, Action.REUSE, Action.COMPUTE))
-        return ComputePlan(table, plan.units, {**plan.meta, "forecast_order": self.order or 1})
+        is_forecast = inherited & (seen >= 2) & (self.order > 0)
+        table = np.where(is_forecast, Action.FORECAST, np.where(inherited, Action.REUSE, Action.COMPUTE))
+        forecast = {"forecast_order": self.order} if self.order else {}
+        return ComputePlan(table, plan.units, {**plan.meta, **forecast})
