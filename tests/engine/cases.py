@@ -84,6 +84,7 @@ def methods_for(pipe: DiffusionPipeline, method: str, evaluations: int = STEPS) 
 
 def sample(pipe: DiffusionPipeline, name: str, **arguments: Any) -> torch.Tensor:
     """Returns what one call of a tiny pipeline samples; the arguments are those of `TinyPipeline.inputs`."""
+    torch.manual_seed(0)  # DiTPipeline does not hand its generator to the scheduler
     result = pipe(**TINY_PIPELINES[name].inputs(**{"steps": STEPS, **arguments}), return_dict=False)[0]
     return torch.stack([torch.as_tensor(item) for item in result])
 

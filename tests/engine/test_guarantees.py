@@ -157,7 +157,7 @@ def test_weights_of_units_that_do_not_run_do_not_matter(name: str, method: str) 
 @SOME_PIPELINES
 @EVERY_METHOD
 def test_weights_of_units_that_run_matter(name: str, method: str) -> None:
-    """All cells of the mixed plan on DiT; else for each unit one evaluation that runs it, later ones for later units."""
+    """All cells of the mixed plan on DiT; elsewhere one evaluation for each unit, later ones for later units."""
     pipe = accelerated(name, method)
     sample(pipe, name)
     units, runs = record_of(pipe).units, planned_runs(record_of(pipe))
