@@ -132,7 +132,8 @@ within it is the method's doing.</p>
 <p class="soft">Right is faster, and good is at the bottom of the first picture and at the top of the second. The dashed
 lines are what simply taking fewer steps gives. A method is worth having where it lies on their good side: below, for
 samples like the real thing; above, for the samples that full sampling would have given.</p>
-<div class="picture"><img src="{{ pictures["trade-off"] }}" alt="distance to held-out renders, and to the samples of full sampling, against speedup"></div>
+<div class="picture"><img src="{{ pictures["trade-off"] }}"
+alt="distance to held-out renders, and to the samples of full sampling, against speedup"></div>
 
 <h2>What ran</h2>
 <p class="soft">One line for each evaluation of the denoiser, one column for each of its blocks. Dark cells were

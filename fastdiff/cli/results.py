@@ -205,8 +205,8 @@ def notes(comparison: Comparison) -> list[str]:
         f"{comparison.rows[0].macs / 1e9:.2f} G for an image.",
         f"FID-{count}: Fréchet distance of the reader's features to {settings.renders} held-out renders, ± 1.96 "
         f"bootstrap standard errors. It is not Inception's FID and depends on the number of samples: {count} other "
-        f"renders, which are perfect samples, score {distance_text(renders)[0]}. The change against full depth has a smaller interval than either, because both "
-        "start from the same noise.",
+        f"renders, which are perfect samples, score {distance_text(renders)[0]}. The change against full depth has a "
+        "smaller interval than either, because both start from the same noise.",
         "PSNR: against full depth with the same weights and seeds. It says how much a method changes the samples, not "
         "how good they are.",
         f"Read correctly: share that the reader takes for the character asked for, 95 % Wilson interval. It reads "

@@ -7,6 +7,7 @@ import re
 import typing
 from collections.abc import Iterator
 from dataclasses import fields
+from itertools import combinations
 from typing import Any
 
 from fastdiff.errors import ConfigError
@@ -75,11 +76,12 @@ def format_method(method: Method) -> str:
     if isinstance(method, SavedPlan):
         raise ConfigError(f"A saved plan has no fields to write down; save it and use {PLAN}:FILE.")
     cls = type(method)
-    values = {name: getattr(method, name) for name in field_defaults(cls)}
-    for name in list(values):
-        fewer = {other: value for other, value in values.items() if other != name}
-        if _equal_made(cls, fewer, method):
-            values = fewer
+    given = {name: getattr(method, name) for name in field_defaults(cls)}
+    changed = [name for name, default in field_defaults(cls).items() if given[name] != default]
+    # Leaving out what other fields imply, such as the table that a preset brings.
+    subsets = (names for size in range(len(changed) + 1) for names in combinations(changed, size))
+    made = ({name: given[name] for name in names} for names in subsets)
+    values = next(values for values in made if _equal_made(cls, values, method))
     text = ",".join(f"{kebab(name)}={_format_value(value)}" for name, value in values.items())
     return kebab(cls.__name__) + (f":{text}" if text else "")
 
