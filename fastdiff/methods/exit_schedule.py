@@ -7,6 +7,7 @@ Moon et al., "A Simple Early Exiting Framework for Accelerated Sampling in Diffu
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,6 +66,10 @@ class ExitSchedule(Method):
         check_tuple(self, "depths", "whole numbers")
         if self.preset is not None:
             self._take_preset()
+        if isinstance(self.heads, os.PathLike):
+            object.__setattr__(self, "heads", os.fspath(self.heads))
+        if not isinstance(self.heads, (str, type(None))):
+            raise ConfigError(f"ExitSchedule.heads is a folder; got {self.heads!r}.")
         if self.space not in ("timestep", "logsnr"):
             raise ConfigError(f"ExitSchedule.space is 'timestep' or 'logsnr'; got {self.space!r}.")
         edges, depths = self.bin_edges, self.depths
@@ -83,7 +88,7 @@ class ExitSchedule(Method):
             raise ConfigError(f"ExitSchedule.depths are whole numbers from 1 to {deepest}; got {depths}.")
 
     def _take_preset(self) -> None:
-        if self.preset not in PRESETS:
+        if not isinstance(self.preset, str) or self.preset not in PRESETS:
             raise ConfigError(f"There is no exit schedule {self.preset!r}; the presets are {', '.join(PRESETS)}.")
         edges, depths = PRESETS[self.preset]
         given = (self.bin_edges, self.depths, self.full)
