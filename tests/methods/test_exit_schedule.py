@@ -235,6 +235,9 @@ def test_plan_names_its_origin_and_holds_the_rules() -> None:
     [
         ({}, "one depth for each bin edge.*0 edges and 0 depths.*full, ase-demo"),
         ({"preset": "ase-d2"}, "no exit schedule 'ase-d2'; the presets are full, ase-demo"),
+        ({"preset": {}}, "no exit schedule {}"),
+        ({"preset": 3}, "no exit schedule 3"),
+        ({"preset": "full", "heads": 3}, "heads is a folder; got 3"),
         ({"preset": "full", "depths": (3,), "bin_edges": (0,)}, "a preset or a table, not both"),
         ({"preset": "ase-demo", "full": 14}, "a preset or a table, not both"),
         ({"preset": "ase-demo", "space": "logsnr"}, "in timesteps"),

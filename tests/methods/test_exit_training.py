@@ -244,8 +244,9 @@ def test_heads_run_once_in_each_row_that_exits(tmp_path: Path, heads: ExitHeads)
 
 def test_schedule_with_heads_is_saved_by_its_folder(tmp_path: Path, heads: ExitHeads) -> None:
     heads.save_pretrained(tmp_path)
-    schedule = ExitSchedule(**TABLE, heads=str(tmp_path))
+    schedule = ExitSchedule(**TABLE, heads=tmp_path)  # type: ignore[arg-type]
     schedule.exit_heads()
+    assert schedule == ExitSchedule(**TABLE, heads=str(tmp_path))
     again = ExitSchedule.from_dict(json.loads(json.dumps(schedule.to_dict())))
     assert again == schedule
     assert again.exit_heads().keys() == schedule.exit_heads().keys()
