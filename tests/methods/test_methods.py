@@ -23,7 +23,7 @@ from fastdiff import (
 )
 from fastdiff.methods import Method, SavedPlan, as_methods
 from fastdiff.methods.base import make_planner
-from tiny.plans import C, R, plan_of, request_of
+from tiny.plans import C, R, plan_of, request_of, tables
 
 OWN = [cls for cls in Method.registry.values() if cls.__module__.startswith("fastdiff.")]
 EVERY_METHOD = pytest.mark.parametrize("cls", OWN, ids=lambda cls: cls.__name__)
