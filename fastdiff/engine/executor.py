@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from fastdiff.backbones import unwrap
 from fastdiff.cost import measure
 from fastdiff.engine.branches import Branch, BranchFinder
-from fastdiff.engine.clock import StepClock
+from fastdiff.engine.clock import Grid, StepClock
 from fastdiff.engine.hooks import COMPUTE, Cell, InstalledHooks
 from fastdiff.engine.program import Key, Program, Residual, Reuse, lower
 from fastdiff.engine.record import Call, DenoiserRecord
@@ -129,51 +130,45 @@ class Executor:
 
     def before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pick the row for the coming call and arm the units' hooks with it."""
-        clock = self._clock
-        if clock.grid is None:
-            return self._compute_in_full("the scheduler's timesteps were not set", None, clock.evaluation)
         arguments = self._signature.bind(None, *args, **kwargs).arguments
         arguments.pop("self", None)
-        if self._program is None:
-            self._start(arguments)
-        assert self._program is not None
-        clock.in_evaluation = True
-        branch = self._finder.find(self.context, arguments)
-        row = clock.evaluation - self._first_evaluation
-        if row >= self._program.plan.evaluations:
-            return self._compute_in_full("more evaluations than the scheduler's grid has", branch, clock.evaluation)
-        if arguments.get("skip_layers"):
-            return self._compute_in_full(
-                "the pipeline itself leaves out layers (skip_layers)", branch, clock.evaluation
-            )
-        state = self._state(branch, arguments)
-        readings = self._program.readings[row]
-        if any(not state.holds(key) for reading in readings for key in reading.sources):
-            return self._compute_in_full("nothing kept to reuse for this branch and shape", branch, clock.evaluation)
-        self.hooks.set_cells(self._cells(row, state))
-        actions = tuple(self._program.plan.table[row].tolist())
-        self.record.calls.append(Call(clock.evaluation, branch, actions))
-
-    def _compute_in_full(self, reason: str, branch: Branch | None, evaluation: int) -> None:
+        if self._program is None and self._clock.grid is not None:
+            self._start(self._clock.grid, arguments)
         self._clock.in_evaluation = True
-        self.hooks.compute_all()
-        self.record.fallbacks[reason] += 1
-        actions = (int(Action.COMPUTE),) * len(self.backbone.units)
-        self.record.calls.append(Call(evaluation, branch or Branch(self.context, 0, 0), actions))
+        branch = self._finder.find(self.context, arguments)
+        state = self._state(branch, arguments)
+        row = self._clock.evaluation - self._first_evaluation
+        reason = self._reason_to_compute(row, state, arguments)
+        if self._program is None or reason:
+            self.hooks.compute_all()
+            self.record.fallbacks[reason] += 1
+            actions = [int(Action.COMPUTE)] * len(self.backbone.units)
+        else:
+            self.hooks.set_cells(self._cells(self._program, row, state))
+            actions = self._program.plan.table[row].tolist()
+        self.record.calls.append(Call(self._clock.evaluation, branch, tuple(actions)))
 
-    def _start(self, arguments: Mapping[str, Any]) -> None:
+    def _reason_to_compute(self, row: int, state: _BranchState, arguments: Mapping[str, Any]) -> str:
+        """Why this call cannot follow the plan and is computed in full; empty if it can."""
+        if self._program is None:
+            return "the scheduler's timesteps were not set"
+        if row >= self._program.plan.evaluations:
+            return "more evaluations than the scheduler's grid has"
+        if arguments.get("skip_layers"):
+            return "the pipeline itself leaves out layers (skip_layers)"
+        if not all(state.holds(key) for reading in self._program.readings[row] for key in reading.sources):
+            return "nothing kept to reuse for this branch and shape"
+        return ""
+
+    def _start(self, grid: Grid, arguments: Mapping[str, Any]) -> None:
         """Lower the methods for the evaluations from this denoiser's first call on."""
-        clock = self._clock
-        assert clock.grid is not None
         timestep = next((value for name, value in arguments.items() if name in ("timestep", "timesteps", "t")), None)
-        begin = 0
-        if clock.evaluation == 0:
-            begin = clock.begin_index(timestep) or 0
-            clock.skip_to(begin)
-        self._first_evaluation = clock.evaluation
+        if self._clock.evaluation == 0:
+            self._clock.skip_to(self._clock.begin_index(timestep) or 0)
+        self._first_evaluation = self._clock.evaluation
         self.hooks.compute_all()
         self.record.measure = functools.partial(measure, self.backbone, dict(arguments))
-        request = PlanRequest(self.backbone, clock.grid.since(clock.evaluation), self.record.measure)
+        request = PlanRequest(self.backbone, grid.since(self._first_evaluation), self.record.measure)
         self._program = lower(self._planner(request), self.backbone)
         self.record.plans.append(self._program.plan)
 
@@ -186,9 +181,8 @@ class Executor:
             state = self._branches[branch] = _BranchState(layout)
         return state
 
-    def _cells(self, row: int, state: _BranchState) -> list[Cell]:
-        program = self._program
-        assert program is not None
+    def _cells(self, program: Program, row: int, state: _BranchState) -> list[Cell]:
+        """What every unit does in a row, bound to what this branch keeps."""
         exits = False
         cells = []
         for name, action in zip(self.backbone.names, program.plan.table[row], strict=True):
@@ -230,6 +224,8 @@ def _allow_graphs(number: int) -> Callable[[], None]:
 
     A plan has a fixed number of distinct rows and each is a graph, but torch gives up beyond 8 by default.
     """
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
+        return lambda: None
     config = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     before = getattr(config, name)
