@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastdiff.eval.provenance import describe_environment
 from fastdiff.eval.quality import FeatureStatistics, fid, psnr, resample_fid, wilson_interval
-from fastdiff.eval.speed import Ratio, paired_ratio, synchronize, time_interleaved
+from fastdiff.eval.speed import Ratio, paired_ratio, time_interleaved
 
 __all__ = [
     "FeatureStatistics",
@@ -14,7 +14,6 @@ __all__ = [
     "paired_ratio",
     "psnr",
     "resample_fid",
-    "synchronize",
     "time_interleaved",
     "wilson_interval",
 ]

@@ -10,20 +10,8 @@ from typing import Any
 
 import torch
 
+from fastdiff.cost import synchronize
 from fastdiff.errors import ConfigError
-
-
-def synchronize(device: torch.device | str) -> None:
-    """Wait until the device has finished what it was given; nothing to do on the CPU."""
-    device = torch.device(device)
-    if device.type == "mps":
-        torch.mps.synchronize()
-    elif device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
-
-
-def _nothing(name: str) -> None:
-    """What happens between two turns unless something is asked for."""
 
 
 def time_interleaved(

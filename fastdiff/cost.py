@@ -16,6 +16,7 @@ import numpy as np
 from fastdiff.plan import Action, check_same_units
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from fastdiff.backbones import Backbone
@@ -176,19 +177,25 @@ def _around_units(backbone: Backbone, before: Callable[[int], None], after: Call
 
 
 def _clock(backbone: Backbone) -> Callable[[], float]:
-    """Wall-clock seconds, after the device has finished what it was given."""
-    import torch
-
-    device = next((parameter.device for parameter in backbone.denoiser.parameters()), torch.device("cpu"))
-    if device.type == "cpu":
-        return time.perf_counter
-    synchronize = getattr(torch, device.type).synchronize
+    """Wall-clock seconds, after the denoiser's device has finished what it was given."""
+    device = next((parameter.device for parameter in backbone.denoiser.parameters()), "cpu")
 
     def read() -> float:
-        synchronize()
+        synchronize(device)
         return time.perf_counter()
 
     return read
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until the device has finished what it was given; nothing to do on the CPU."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
 
 
 def _layout(value: Any) -> Any:

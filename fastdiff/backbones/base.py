@@ -88,6 +88,7 @@ class Unit:
 
     @property
     def name(self) -> str:
+        """Dotted path in the denoiser."""
         return self.traits.name
 
 

@@ -181,7 +181,8 @@ def _registered_io(block: nn.Module) -> BlockIO | None:
     image, text = declared.return_hidden_states_index, declared.return_encoder_hidden_states_index
     if text is None:
         return None
-    names = (declared.hidden_states_argument_name, declared.encoder_hidden_states_argument_name)
+    text_name = getattr(declared, "encoder_hidden_states_argument_name", _TEXT)  # diffusers 0.41 and later name it
+    names = (declared.hidden_states_argument_name, text_name)
     return BlockIO(names, (image, text))
 
 

@@ -100,20 +100,22 @@ class StepClock:
         self.in_evaluation = False
         self._on_tick = on_tick
         self._on_start = on_start
-        self._schedulers: list[Any] = []
+        self._attached: list[tuple[Any, dict[str, Any]]] = []  # schedulers with what they carried of their own
 
     def attach(self, scheduler: Any) -> None:
         """Watch this scheduler object; its class and its config stay as they are."""
-        self._schedulers.append(scheduler)
+        own = {name: vars(scheduler)[name] for name in ("set_timesteps", "step") if name in vars(scheduler)}
+        self._attached.append((scheduler, own))
         scheduler.set_timesteps = _Watched(scheduler, "set_timesteps", lambda: self.start(Grid.of(scheduler)))
         scheduler.step = _Watched(scheduler, "step", self.tick)
 
     def detach(self) -> None:
         """Stop watching."""
-        for scheduler in self._schedulers:
+        while self._attached:
+            scheduler, own = self._attached.pop()
             for name in ("set_timesteps", "step"):
                 vars(scheduler).pop(name, None)
-        self._schedulers.clear()
+            vars(scheduler).update(own)
 
     def start(self, grid: Grid) -> None:
         """Begin at the first evaluation of a new grid."""
@@ -140,7 +142,7 @@ class StepClock:
         looked for, once and on the host, in every unit that diffusers' pipelines hand to their denoisers.
         """
         assert self.grid is not None
-        for scheduler in self._schedulers:
+        for scheduler, _ in self._attached:
             if getattr(scheduler, "begin_index", None) is not None:
                 return int(scheduler.begin_index)
         if timestep is None:

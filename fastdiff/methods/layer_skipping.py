@@ -58,8 +58,8 @@ class LayerSkipping(Method):
         variant: ``"even"``, or ``"paper"`` for the published rule to the letter.
         fill: what the units left out do: ``"reuse"`` their last residual, or ``"skip"`` (pass through).
         interval: every ``interval``-th evaluation is computed in full, from the first on; 0 for the first only.
-        rotate: shift the kept inner units by one at each evaluation that skips, over the widest gap between them and
-            back, so that all are refreshed in turn and few different rows arise.
+        rotate: shift the kept inner units by one at each evaluation after a key, over the widest gap between them and
+            back, so that units are refreshed in turn.
 
     Raises:
         ConfigError: for a value out of range, or a target that cannot be reached (when the plan is made).
@@ -108,9 +108,11 @@ class LayerSkipping(Method):
         left_out = Action.REUSE if self.fill == "reuse" else Action.SKIP
         table = plan.table.copy()
         period = _period(layers, units) if self.rotate else 1
-        for phase, row in enumerate(np.flatnonzero(~keys)):
+        last_key = np.maximum.accumulate(np.where(keys, np.arange(len(keys)), 0))
+        for row in np.flatnonzero(~keys):
+            phase = (row - last_key[row] - 1) % period  # starts anew at each key, so that few different rows arise
             table[row] = left_out
-            table[row, _rotated(layers, units, phase % period)] = Action.COMPUTE
+            table[row, _rotated(layers, units, phase)] = Action.COMPUTE
         return ComputePlan(table, plan.units, plan.meta)
 
     def _slowest_on_target(self, plan: ComputePlan, keys: np.ndarray, costs: UnitCosts) -> ComputePlan:
