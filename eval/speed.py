@@ -14,6 +14,10 @@ from fastdiff.cost import synchronize
 from fastdiff.errors import ConfigError
 
 
+def _nothing(name: str) -> None:
+    """What happens between two turns unless something is asked for."""
+
+
 def time_interleaved(
     contenders: Mapping[str, Callable[[int], Any]],
     rounds: int,

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
+from fastdiff.cost import synchronize
 from fastdiff.errors import ConfigError
-from fastdiff.eval import describe_environment, paired_ratio, synchronize, time_interleaved
+from fastdiff.eval import describe_environment, paired_ratio, time_interleaved
 from fastdiff.eval.provenance import describe_machine
 
 
