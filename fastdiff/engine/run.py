@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -92,7 +93,16 @@ class SamplingRun:
             reasons = {f"{len(self.clock.grid)} evaluations are too few for this setting; see the plan"}
         why = "; ".join(sorted(reasons)) or "the plan computes every unit in every evaluation"
         names = " + ".join(self.record.methods)
-        warnings.warn(f"{names} skipped nothing in this call: {why}.", FastDiffNoEffectWarning, stacklevel=3)
+        message = f"{names} skipped nothing in this call: {why}."
+        warnings.warn(message, FastDiffNoEffectWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """How far up from here the code is that called fastdiff, for a warning to name its line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastdiff", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 @contextmanager

@@ -44,8 +44,8 @@ METHODS: dict[str, MakeMethods] = {
     "layers-reuse": lambda units, evaluations: LayerSkipping(),
     "layers-skip": lambda units, evaluations: LayerSkipping(fill="skip"),
     "inherit-0": lambda units, evaluations: FeatureInheritance(),
-    "inherit-1": lambda units, evaluations: FeatureInheritance(order=1),
-    "inherit-2": lambda units, evaluations: FeatureInheritance(order=2, interval=3, span=(0, None)),
+    "inherit-1": lambda units, evaluations: FeatureInheritance(order=1, span=(1, -1)),
+    "inherit-2": lambda units, evaluations: FeatureInheritance(order=2, interval=3),
     "saved-plan": lambda units, evaluations: saved_plan(units, evaluations),
     "merged": lambda units, evaluations: [ExitSchedule("ase-demo"), FeatureInheritance(order=1)],
 }
