@@ -64,7 +64,7 @@ def parse_method(spec: str) -> Method:
         if field in values:
             raise ConfigError(f"The field {given!r} is given twice in {spec!r}.")
         values[field] = _parse_value(text, is_text=hints[field] in (str, str | None))
-    return _make(cls, values)
+    return Method.from_dict({"type": cls.__name__, **values})
 
 
 def format_method(method: Method) -> str:
@@ -120,17 +120,8 @@ def _format_value(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _make(cls: type[Method], values: dict[str, Any]) -> Method:
-    try:
-        return Method.from_dict({"type": cls.__name__, **values})
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{kebab(cls.__name__)} cannot be made from {values}: {error}.") from error
-
-
 def _equal_made(cls: type[Method], values: dict[str, Any], method: Method) -> bool:
     try:
-        return _make(cls, values) == method
+        return Method.from_dict({"type": cls.__name__, **values}) == method
     except ConfigError:
         return False
