@@ -57,7 +57,7 @@ class ExitSchedule(Method):
     depths: tuple[int, ...] = ()
     full: int | None = None
     space: str = "timestep"
-    heads: str | None = None
+    heads: str | os.PathLike[str] | None = None
     _loaded_heads: dict[str, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
