@@ -63,7 +63,7 @@ def parse_method(spec: str) -> Method:
             raise ConfigError(f"{name} has no field {given!r}; its fields are {', '.join(map(kebab, known))}.")
         if field in values:
             raise ConfigError(f"The field {given!r} is given twice in {spec!r}.")
-        values[field] = _parse_value(text, is_text=hints[field] in (str, str | None))
+        values[field] = _parse_value(text, is_text=str in (hints[field], *typing.get_args(hints[field])))
     return Method.from_dict({"type": cls.__name__, **values})
 
 

@@ -23,7 +23,7 @@ from fastdiff.cli.main import build_parser, main
 from fastdiff.eval import Ratio
 from fastdiff.eval.glyphs import GlyphJudge, Score
 from fastdiff.plan import Action, ComputePlan
-from fastdiff.zoo.data import render_many
+from fastdiff.zoo.data import render_many, to_tensor
 from fastdiff.zoo.reader import GlyphReader
 
 from .conftest import Command
@@ -278,3 +278,12 @@ def test_the_judge_tells_renders_from_blank_images(tiny_reader: Path) -> None:
     assert judge.score(images, labels[:, 0]).fid == pytest.approx(0, abs=1e-6)
     blank = np.zeros((60, 32, 32, 3), dtype=np.uint8)
     assert judge.score_renders(60).fid < 0.5 * judge.score(blank, np.zeros(60)).fid
+
+
+def test_the_judge_counts_what_its_reader_reads(tiny_reader: Path) -> None:
+    reader = GlyphReader.from_pretrained(tiny_reader)
+    images, _ = render_many(0, 0, 30)
+    read = reader.read(to_tensor(images)).numpy()
+    asked = np.where(np.arange(30) < 20, read, (read + 1) % 36)
+    score = GlyphJudge(reader, renders=4).score(images, asked)
+    assert (score.correct, score.samples, score.read_share) == (20, 30, pytest.approx(2 / 3))
