@@ -83,8 +83,13 @@ class GlyphJudge:
         """
         features, read = self._look(images)
         correct = int((read == np.asarray(characters)).sum())
-        distance, resampled = (measure(features, self._reference) for measure in (fid, resample_fid))
-        return Score(len(images), distance, resampled, correct, *wilson_interval(correct, len(images)))
+        return Score(
+            len(images),
+            fid(features, self._reference),
+            resample_fid(features, self._reference),
+            correct,
+            *wilson_interval(correct, len(images)),
+        )
 
     def score_renders(self, count: int) -> Score:
         """The score of renders that are not in the reference: what perfect samples of this number would get."""

@@ -62,7 +62,8 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return "cpu"
     names = getattr(torch, device.type, None)
-    return str(names.get_device_name(device)) if hasattr(names, "get_device_name") else device.type
+    get_name = getattr(names, "get_device_name", None)
+    return str(get_name(device)) if get_name else device.type
 
 
 def _processor() -> str:

@@ -97,8 +97,8 @@ def write(comparison: Comparison, folder: Path) -> None:
         key = row.contender.key
         row.plan.save(folder / "plans" / f"{key}.json")
         images[f"plans/{key}"] = pictures.png(pictures.draw_plan(row))
-    for name, data in images.items():
-        pictures.write_png(folder / f"{name}.png", data)
+    for name, picture in images.items():
+        pictures.write_png(folder / f"{name}.png", picture)
     data = as_data(comparison)
     write_json(folder / "results.json", data)
     (folder / "results.csv").write_text(as_csv(comparison), encoding="utf-8")

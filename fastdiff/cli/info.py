@@ -85,7 +85,7 @@ def describe_package() -> Iterator[str]:
 
 def first_sentence(cls: type) -> str:
     """The first sentence of a class's docstring."""
-    paragraph = " ".join(inspect.getdoc(cls).partition("\n\n")[0].split()) if cls.__doc__ else ""
+    paragraph = " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
     return paragraph.partition(". ")[0].rstrip(".") + "."
 
 

@@ -71,11 +71,13 @@ def run_show(options: argparse.Namespace) -> None:
         plan = _plan_of_model(options)
     print(plan.render(options.width))
     if options.png:
-        import matplotlib
+        import matplotlib.figure
 
         matplotlib.use("Agg")
+        figure = plan.plot().figure
+        assert isinstance(figure, matplotlib.figure.Figure)
         try:
-            plan.plot().figure.savefig(options.png, dpi=150)
+            figure.savefig(options.png, dpi=150)
         except (OSError, ValueError) as error:
             raise OutputError(f"The picture cannot be written to {options.png}: {error}") from error
 
