@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import chain
 from typing import Any
 
@@ -170,3 +171,29 @@ def test_runs_of_reused_units_end_where_the_denoiser_reshapes() -> None:
     groups = {name.split(".")[0]: segment for name, segment in zip(flux.names, flux.segments, strict=True)}
     assert groups["transformer_blocks"] != groups["single_transformer_blocks"]
     assert list(flux.segments) == list(chain([flux.segments[0]] * 3, [flux.segments[-1]] * 3))
+
+
+@pytest.mark.parametrize("name", ["Bria", "Chroma", "Flux", "QwenImage"])
+def test_reuse_stands_for_what_a_controlnet_added_within_the_run(name: str) -> None:
+    # Some loops add to a block's output in place, which is the block's input where it was passed through.
+    tiny = TINY_MODELS[f"{name}Transformer2DModel"]
+    model = tiny.build()
+    names = view(model).names
+    call = calls_of(tiny, 1)[0]
+    tokens = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
+    accepted = inspect.signature(model.forward).parameters
+    control = {
+        key: [tokens, -tokens, 2 * tokens]
+        for key in ("controlnet_block_samples", "controlnet_single_block_samples")
+        if key in accepted
+    }
+    assert control
+    if name == "Bria":  # which leaves out as many image tokens as there are text tokens
+        control["controlnet_single_block_samples"] = [tokens[:, 6:]] * 3
+    plain = evaluate(model, [call | control])[0]
+    assert far(plain, evaluate(model, [call])[0])
+    rows = [[Action.COMPUTE] * len(names), [Action.REUSE] * len(names)]
+    outputs, record = accelerate(model, [call | control] * 2, ComputePlan(np.array(rows), names), (2.0, 1.0))
+    assert record.skipped == len(names)
+    assert same(plain, outputs[0])
+    assert torch.allclose(plain[0], outputs[1][0], atol=1e-4)

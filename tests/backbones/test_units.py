@@ -129,7 +129,8 @@ def test_modules_without_known_blocks_are_refused() -> None:
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
-    for module, found in ((nn.Linear(2, 2), "no module list"), (unet, "down_blocks, up_blocks"), (vae, "")):
+    linear, none = nn.Linear(2, 2), "no module list"
+    for module, found in ((linear, none), (unet, "down_blocks, up_blocks"), (vae, none)):
         with pytest.raises(UnsupportedBackboneError) as caught:
             view(module)
         message = str(caught.value)

@@ -115,6 +115,12 @@ def test_rotation_refreshes_every_unit_in_turn(units: int, variant: str) -> None
             assert period <= 2 * math.ceil((units - 1) / (math.floor(units / speedup) - 1))
 
 
+def test_rotation_begins_anew_at_each_key() -> None:
+    ran = computed(LayerSkipping(speedup=4, interval=4), 17, 20).reshape(5, 4, 17)
+    assert (ran == ran[0]).all()
+    assert len(np.unique(ran[0], axis=0)) == 4
+
+
 def test_without_rotation_every_row_keeps_the_same_units() -> None:
     ran = computed(LayerSkipping(speedup=2, interval=0, rotate=False), 12, 8)[1:]
     assert (ran == ran[0]).all()

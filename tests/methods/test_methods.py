@@ -166,6 +166,11 @@ def test_what_is_no_saved_method_is_refused(given_: Any) -> None:
         Method.from_dict({"type": "Nothing"})
 
 
+def test_missing_field_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"SavedPlan cannot be made from {}.*'saved'"):
+        Method.from_dict({"type": "SavedPlan"})
+
+
 # -- several methods ---------------------------------------------------------------------------------------------------
 
 
