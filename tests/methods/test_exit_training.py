@@ -159,6 +159,8 @@ def test_depths_that_are_none_are_refused(depths: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["DiTTransformer2DModel", "ErnieImageTransformer2DModel"])
 def test_depths_that_are_not_one_for_each_sample_are_refused(name: str) -> None:
+    if name not in TINY_MODELS:
+        pytest.skip("needs a newer diffusers")
     model = TINY_MODELS[name].build()
     # Ernie's streams count tokens first: to cut samples out of them would cut tokens.
     number = 2 if name == "DiTTransformer2DModel" else 4
