@@ -94,7 +94,9 @@ def record_of(pipe: Any, denoiser: str = "transformer") -> DenoiserRecord:
     return pipe.fastdiff.last_run.denoisers[denoiser]
 
 
-def denoiser_calls(pipe: DiffusionPipeline, name: str, **arguments: Any) -> list[dict[str, Any]]:
+def denoiser_calls(
+    pipe: DiffusionPipeline, name: str, denoiser: str = "transformer", **arguments: Any
+) -> list[dict[str, Any]]:
     """Returns the keyword arguments of every denoiser call that a plain call of the pipeline makes."""
     calls: list[dict[str, Any]] = []
 
@@ -102,7 +104,7 @@ def denoiser_calls(pipe: DiffusionPipeline, name: str, **arguments: Any) -> list
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         calls.append({key: value for key, value in bound.items() if key not in ("self", "return_dict")})
 
-    handle = pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    handle = getattr(pipe, denoiser).register_forward_pre_hook(note, with_kwargs=True)
     sample(pipe, name, **arguments)
     handle.remove()
     return calls
