@@ -23,10 +23,11 @@ from safetensors import safe_open
 
 from fastdiff import zoo
 from fastdiff.errors import FastDiffError
+from fastdiff.methods import ExitSchedule
 from fastdiff.zoo import check, data
 from fastdiff.zoo.reader import GlyphReader
 from fastdiff.zoo.train import ASE_SCHEDULE
-from fastdiff.zoo.training import forward_at_depths
+from fastdiff.zoo.training import denoiser_predictor, encode, forward_at_depths
 
 PIPELINES = ("glyphs-dit", "glyphs-dit-ase")
 
@@ -208,16 +209,35 @@ def test_other_schedulers_draw_readable_characters(reader: GlyphReader, schedule
     assert check.share_read(reader, images, classes) >= 0.7
 
 
-def test_early_exit_copy_is_readable_under_its_schedule_and_the_original_is_not(reader: GlyphReader) -> None:
+def test_early_exit_copy_is_readable_under_its_schedule(reader: GlyphReader) -> None:
+    pipe = _load("glyphs-dit-ase")
+    _exit_early(pipe)
     classes = check.class_sequence(2)
-    shares = {}
-    for name in PIPELINES:
-        pipe = _load(name)
-        _exit_early(pipe)
-        images = check.sample(pipe, classes, num_inference_steps=12, seed=1000)
-        shares[name] = check.share_read(reader, images, classes)
-    assert shares["glyphs-dit-ase"] > 56 / 72
-    assert shares["glyphs-dit-ase"] > shares["glyphs-dit"] + 0.1
+    images = check.sample(pipe, classes, num_inference_steps=12, seed=1000)
+    assert check.share_read(reader, images, classes) > 56 / 72  # as above
+
+
+@pytest.mark.parametrize("timestep", [450, 650, 850])
+def test_fine_tuning_made_the_exits_predict_as_the_full_model_does(pipe: DiTPipeline, timestep: int) -> None:
+    # The share read would not show this: exits without fine-tuning keep the shapes and lose the variety of colours.
+    images, labels = data.render_many(check.HELD_OUT_SEED, 0, 64)
+    clean = encode(pipe.vae, torch.from_numpy(images)).float()
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.full((64,), timestep)
+    noisy = pipe.scheduler.add_noise(clean, noise, timesteps)
+
+    def error(name: str, schedule: ExitSchedule | None) -> float:
+        transformer = _load(name).transformer
+        with torch.no_grad():
+            predicted = denoiser_predictor(transformer, schedule, False)(
+                noisy, timesteps, torch.from_numpy(labels[:, 0])
+            )
+        return (predicted - noise).square().mean().item()
+
+    full, exits = error("glyphs-dit", None), error("glyphs-dit", ASE_SCHEDULE)
+    tuned = error("glyphs-dit-ase", ASE_SCHEDULE)
+    assert tuned < 1.3 * full
+    assert exits > 3 * tuned
 
 
 @pytest.mark.slow
