@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -27,9 +28,9 @@ def shell_lines(page: Path) -> list[list[str]]:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_python_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
-    for number, block in enumerate(blocks(page, "python")):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+    script = tmp_path / f"{page.stem}.py"
+    script.write_text("\n".join(blocks(page, "python")), encoding="utf-8")
+    runpy.run_path(str(script))
 
 
 @pytest.mark.parametrize(

@@ -130,8 +130,7 @@ class Executor:
 
     def before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pick the row for the coming call and arm the units' hooks with it."""
-        arguments = self._signature.bind(None, *args, **kwargs).arguments
-        arguments.pop("self", None)
+        arguments = self._arguments(args, kwargs)
         if self._program is None and self._clock.grid is not None:
             self._start(self._clock.grid, arguments)
         self._clock.in_evaluation = True
@@ -147,6 +146,15 @@ class Executor:
             self.hooks.set_cells(self._cells(self._program, row, state))
             actions = self._program.plan.table[row].tolist()
         self.record.calls.append(Call(self._clock.evaluation, branch, tuple(actions)))
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments by the names in the denoiser's forward."""
+        arguments = dict(self._signature.bind(None, *args, **kwargs).arguments)
+        arguments.pop(next(iter(self._signature.parameters)))  # self
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(name, {}))
+        return arguments
 
     def _reason_to_compute(self, row: int, state: _BranchState, arguments: Mapping[str, Any]) -> str:
         """Why this call cannot follow the plan and is computed in full; empty if it can."""
@@ -166,6 +174,9 @@ class Executor:
         if self._clock.evaluation == 0:
             self._clock.skip_to(self._clock.begin_index(timestep) or 0)
         self._first_evaluation = self._clock.evaluation
+        sample = _sample(arguments)
+        if sample is not None:
+            self._heads = {name: head.to(sample.device) for name, head in self._heads.items()}
         self.hooks.compute_all()
         self.record.measure = functools.partial(measure, self.backbone, dict(arguments))
         request = PlanRequest(self.backbone, grid.since(self._first_evaluation), self.record.measure)
@@ -173,9 +184,8 @@ class Executor:
         self.record.plans.append(self._program.plan)
 
     def _state(self, branch: Branch, arguments: Mapping[str, Any]) -> _BranchState:
-        sample = next(value for value in arguments.values() if value is not None)
-        sample = sample[0] if isinstance(sample, (list, tuple)) else sample
-        layout = (sample.shape, sample.dtype, sample.device) if isinstance(sample, torch.Tensor) else ()
+        sample = _sample(arguments)
+        layout = () if sample is None else (sample.shape, sample.dtype, sample.device)
         state = self._branches.get(branch)
         if state is None or state.layout != layout:
             state = self._branches[branch] = _BranchState(layout)
@@ -217,6 +227,14 @@ class Executor:
         for state in self._branches.values():
             for key in [key for key in state.residuals if self._program.last_reader[key] < row]:
                 del state.residuals[key]
+
+
+def _sample(arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    """The noisy sample, which denoisers take first; its first item where they take a list."""
+    first = next((value for value in arguments.values() if value is not None), None)
+    if isinstance(first, (list, tuple)):
+        first = next(iter(first), None)
+    return first if isinstance(first, torch.Tensor) else None
 
 
 def _allow_graphs(number: int) -> Callable[[], None]:
