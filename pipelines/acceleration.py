@@ -130,10 +130,11 @@ class Acceleration:
             raise
 
     def _follow_components(self) -> None:
-        """Move the hooks if a denoiser was replaced since they were installed."""
+        """Install the hooks anew if a denoiser was replaced or lost them."""
         present = {name: unwrap(module) for name, module in self._denoisers().items()}
-        if any(present.get(name) is not hooks.backbone.denoiser for name, hooks in self._hooks.items()):
-            self._install()
+        for name, hooks in self._hooks.items():
+            if present.get(name) is not hooks.backbone.denoiser or not hooks.in_place:
+                return self._install()
 
     def remove(self) -> None:
         """Take all hooks off."""

@@ -101,6 +101,8 @@ def compute_rows(
     def take(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == batch:
             return value.index_select(0, rows)
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(take, value))
         return value
 
     output = io.parse(forward(*map(take, args), **{name: take(value) for name, value in kwargs.items()}))
@@ -141,6 +143,11 @@ class InstalledHooks:
         for hook in self.hooks:
             hook.cell = COMPUTE
 
+    @property
+    def in_place(self) -> bool:
+        """Whether every unit still calls its hook; accelerate takes later hooks along when it takes off its own."""
+        return not any(_is_lost(unit.module, hook) for unit, hook in zip(self.backbone.units, self.hooks, strict=True))
+
     def remove(self) -> None:
         """Take the hooks off, leaving each unit's forward as it was found."""
         for unit, hook in zip(self.backbone.units, self.hooks, strict=True):
@@ -152,6 +159,16 @@ class InstalledHooks:
         root = getattr(self.backbone.denoiser, "_diffusers_hook", None)
         if root is not None and hasattr(root, "_child_registries_cache"):
             root._child_registries_cache = None
+
+
+def _is_lost(module: nn.Module, hook: UnitHook) -> bool:
+    """Whether a module's forward leads to its class without passing the hook."""
+    forward: Any = module.forward
+    while forward is not hook.wrapped and getattr(forward, "__func__", None) is not type(module).forward:
+        if not hasattr(forward, "__wrapped__"):
+            return False  # somebody else's wrapper, which does not say what it calls
+        forward = forward.__wrapped__
+    return forward is not hook.wrapped
 
 
 def _remove_hook(module: nn.Module, hook: UnitHook) -> None:
