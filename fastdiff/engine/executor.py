@@ -123,8 +123,14 @@ class Executor:
                 finally:
                     self.context = None
 
+        own = {key: value for key, value in vars(denoiser).items() if key == "cache_context"}
         vars(denoiser)["cache_context"] = named
-        self._attached.append(lambda: vars(denoiser).pop("cache_context", None))
+
+        def restore() -> None:
+            vars(denoiser).pop("cache_context", None)
+            vars(denoiser).update(own)
+
+        self._attached.append(restore)
 
     # -- one denoiser call -------------------------------------------------------------------------------------------
 
