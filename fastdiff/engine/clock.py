@@ -142,6 +142,8 @@ class StepClock:
         looked for, once and on the host, in every unit that diffusers' pipelines hand to their denoisers.
         """
         assert self.grid is not None
+        if not self._attached:
+            return 0  # a loop without scheduler gave the timesteps of its own evaluations
         for scheduler, _ in self._attached:
             if getattr(scheduler, "begin_index", None) is not None:
                 return int(scheduler.begin_index)
