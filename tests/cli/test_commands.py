@@ -267,3 +267,55 @@ def test_interrupt_is_status_130(command: Command, monkeypatch: pytest.MonkeyPat
     status, _, complaint = command("generate", "zoo:glyphs-dit", "--out", tmp_path / "out")
     assert status == 130
     assert complaint.splitlines() == ["fastdiff: interrupted, nothing was written"]
+
+
+# -- other kinds of pipelines ------------------------------------------------------------------------------------------
+
+
+class PromptedDiT(DiTPipeline):
+    """Takes what text pipelines take: prompts, and as many negative prompts."""
+
+    def __call__(
+        self,
+        prompt: list[str],
+        negative_prompt: list[str] | None = None,
+        num_inference_steps: int = 2,
+        generator: list[torch.Generator] | None = None,
+    ) -> object:
+        assert isinstance(negative_prompt, list)
+        assert len(negative_prompt) == len(prompt) == len(generator or [])
+        return super().__call__([len(text) for text in prompt], 1.0, generator, num_inference_steps)
+
+
+def test_prompts_take_turns_with_their_seeds(tiny_dit: Path, tmp_path: Path) -> None:
+    from fastdiff.cli import generate
+    from fastdiff.cli.main import build_parser
+
+    pipe = fastdiff.enable(PromptedDiT.from_pretrained(tiny_dit), preset="off")
+    words = ["generate", "model", "--prompt", "a", "bcd", "--negative-prompt", "no", "--samples", "3"]
+    options = build_parser().parse_args(words)
+    conditions = generate._conditions(pipe, options)
+    assert [condition["prompt"] for condition in conditions] == ["a", "bcd", "a"]
+    batch = generate._sample(pipe, conditions, range(5, 8), {"num_inference_steps": 2})
+    assert generate._write_output(batch.output, tmp_path, 0) == ["00000.png", "00001.png", "00002.png"]
+    plain = DiTPipeline.from_pretrained(tiny_dit)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(5, 8)]
+    expected = plain([1, 3, 1], 1.0, generators, 2).images
+    np.testing.assert_array_equal(pictures(tmp_path), np.stack([np.asarray(image) for image in expected]))
+
+
+def test_videos_become_gifs_and_other_outputs_arrays(tmp_path: Path) -> None:
+    from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+    from diffusers.utils import BaseOutput
+
+    from fastdiff.cli.generate import _write_output
+
+    videos = np.zeros((2, 5, 8, 8, 3))
+    videos[..., 0] = np.arange(5)[:, None, None] / 4
+    assert _write_output(WanPipelineOutput(frames=videos), tmp_path, 3) == ["00003.gif", "00004.gif"]
+    with Image.open(tmp_path / "00003.gif") as video:
+        assert video.n_frames == 5
+        video.seek(4)
+        assert video.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    assert _write_output(BaseOutput(audios=np.ones((1, 2, 9))), tmp_path, 0) == ["00000-audios.npy"]
+    assert np.load(tmp_path / "00000-audios.npy").shape == (1, 2, 9)
