@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = new_parser(subparsers, "demo", PURPOSE, EXAMPLES)
     parser.add_argument("--out", default="demo", help="folder for the results (default: demo)")
-    parser.add_argument("--samples", type=int, default=144, metavar="N", help="images of each row (default: 144)")
+    parser.add_argument("--samples", type=int, default=108, metavar="N", help="images of each row (default: 108)")
     parser.add_argument("--batch", type=int, default=12, metavar="N", help="images in one call (default: 12)")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps of full sampling (default: 50)")
     parser.add_argument("--guidance-scale", type=float, default=4.0, metavar="G", help="(default: 4)")
