@@ -133,7 +133,11 @@ def _accelerated_class(own: type) -> type:
         with self.fastdiff.sampling():
             return own.__call__(self, *args, **kwargs)
 
-    namespace = {"__call__": call, "__module__": own.__module__, "__doc__": own.__doc__}
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        """Make a plain pipeline, as ``type(pipe)(**pipe.components)`` asks for; copies come without arguments."""
+        return own(*args, **kwargs) if args or kwargs else object.__new__(cls)
+
+    namespace = {"__new__": new, "__call__": call, "__module__": own.__module__, "__doc__": own.__doc__}
     return type(own.__name__, (FastDiffPipeline, own), namespace)
 
 
