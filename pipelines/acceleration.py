@@ -89,11 +89,13 @@ class Acceleration:
         self._pipe = pipe
         self._run: SamplingRun | None = None
         self._hooks: dict[str, InstalledHooks] = {}
+        self._supported = True
         try:
             self._install()
         except (UnsupportedBackboneError, UnsupportedPipelineError) as error:
             if on_unsupported == "raise":
                 raise
+            self._supported = False
             if on_unsupported == "warn":
                 warnings.warn(f"{error} The pipeline runs unaccelerated.", FastDiffNoEffectWarning, stacklevel=4)
 
@@ -132,12 +134,20 @@ class Acceleration:
     def _follow_components(self) -> None:
         """Install the hooks anew if a denoiser was replaced or lost them."""
         present = {name: unwrap(module) for name, module in self._denoisers().items()}
-        for name, hooks in self._hooks.items():
-            if present.get(name) is not hooks.backbone.denoiser or not hooks.in_place:
-                return self._install()
+        in_place = (
+            present.get(name) is hooks.backbone.denoiser and hooks.in_place for name, hooks in self._hooks.items()
+        )
+        if not (self._hooks and all(in_place)):
+            self._install()
 
     def remove(self) -> None:
-        """Take all hooks off."""
+        """Take all hooks off.
+
+        Raises:
+            StateError: while the pipeline samples.
+        """
+        if self._run is not None:
+            raise StateError("This pipeline is sampling; change its acceleration before or after the call.")
         while self._hooks:
             self._hooks.popitem()[1].remove()
 
@@ -146,7 +156,7 @@ class Acceleration:
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """One call of the pipeline."""
-        if not (self.active and self.methods and self._hooks):
+        if not (self.active and self.methods and self._supported):
             yield
             return
         if self._run is not None:
@@ -173,8 +183,9 @@ class Acceleration:
             StateError: if nothing is accelerated.
             ConfigError: if a method cannot make a plan for this model and scheduler.
         """
-        if not self._hooks or not self.methods:
+        if not (self.methods and self._supported):
             raise StateError("Nothing is accelerated, so there is no plan; enable a method first.")
+        self._follow_components()
         hooks = self._hooks[denoiser or next(iter(self._hooks))]
         scheduler = copy.deepcopy(self._pipe.scheduler)
         scheduler.set_timesteps(num_inference_steps)
