@@ -175,6 +175,8 @@ class Acceleration:
     def plan(self, num_inference_steps: int, denoiser: str | None = None) -> ComputePlan:
         """The plan of a call with this many steps on the pipeline's present scheduler.
 
+        Where timesteps depend on the image size, these are of the largest that the scheduler is made for.
+
         Args:
             num_inference_steps: as in the pipeline's call.
             denoiser: component name; by default the first that is accelerated.
@@ -188,7 +190,9 @@ class Acceleration:
         self._follow_components()
         hooks = self._hooks[denoiser or next(iter(self._hooks))]
         scheduler = copy.deepcopy(self._pipe.scheduler)
-        scheduler.set_timesteps(num_inference_steps)
+        config = scheduler.config
+        shift = {"mu": config.get("max_shift", 1.15)} if config.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(num_inference_steps, **shift)
         request = PlanRequest(hooks.backbone, Grid.of(scheduler), self._costs_of_last_run)
         return make_planner(self.methods)(request).validate(hooks.backbone.traits).prune(hooks.backbone.traits)
 
