@@ -82,7 +82,7 @@ def contenders(steps: int, *, finetuned: bool) -> list[Contender]:
         Contender("layer-skipping", "Layer skipping", "Training-free methods", steps, (LayerSkipping(),)),
         Contender(
             "exit-untrained",
-            "Exit schedule ase-demo, untrained (experimental)",
+            "Exit schedule, untrained (experimental)",
             "Training-free methods",
             steps,
             (ExitSchedule("ase-demo"),),
