@@ -102,7 +102,7 @@ within it is the method's doing.</p>
 <tr>
 <th scope="row">{{ row.contender.label }}
 {%- if row.beaten_by %}
-<span class="warn">{{ labels[row.beaten_by[-1]] }}: as fast, no worse</span>
+<span class="warn">{{ labels[row.beaten_by[-1]] }}: no slower, no worse</span>
 {%- endif %}</th>
 <td class="bar" style="--share: {{ (100 * row.speedup.median / fastest)|fixed(1) }}%">
 {{- row.speedup.median|fixed(2) }}×

@@ -232,7 +232,10 @@ def headline(comparison: Comparison) -> str:
     )
     if default.beaten_by:
         rival = comparison.row(default.beaten_by[-1])
-        text += f" Plain sampling with {rival.contender.steps} steps was as fast here, and no worse by these measures"
+        text += (
+            f" Plain sampling with {rival.contender.steps} steps was {rival.speedup.median:.2f} times as fast, and no "
+            "worse by these measures"
+        )
         if rival.psnr < default.psnr:
             text += (
                 f"; its samples differ more from those sampled in full ({rival.psnr:.1f} against {default.psnr:.1f} dB)"
