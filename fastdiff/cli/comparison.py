@@ -57,7 +57,7 @@ class Progress:
         self._bar.close()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the demo measures.
 
@@ -78,14 +78,14 @@ class Settings:
     model: str
     finetuned: str | None
     reader: str
-    samples: int = 144
-    batch: int = 12
-    steps: int = 50
-    guidance_scale: float = 4.0
-    seed: int = 0
-    renders: int = 2000
-    device: str = "cpu"
-    dtype: str = "float32"
+    samples: int
+    batch: int
+    steps: int
+    guidance_scale: float
+    seed: int
+    renders: int
+    device: str
+    dtype: str
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 2), ("batch", 1), ("steps", 2), ("renders", 2), ("seed", 0)):

@@ -30,13 +30,19 @@ EXAMPLES = (
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = new_parser(subparsers, "demo", PURPOSE, EXAMPLES)
-    parser.add_argument("--out", default="demo", help="folder for the results (default: demo)")
-    parser.add_argument("--samples", type=int, default=108, metavar="N", help="images of each row (default: 108)")
-    parser.add_argument("--batch", type=int, default=12, metavar="N", help="images in one call (default: 12)")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="steps of full sampling (default: 50)")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, metavar="G", help="(default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first image (default: 0)")
-    parser.add_argument("--renders", type=int, default=2000, metavar="N", help="held-out renders (default: 2000)")
+    parser.add_argument("--out", default="demo", help="folder for the results (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=108, metavar="N", help="images of each row (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=12, metavar="N", help="images in one call (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=50, metavar="N", help="steps of full sampling (default: %(default)s)"
+    )
+    parser.add_argument("--guidance-scale", type=float, default=4.0, metavar="G", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image (default: %(default)s)")
+    parser.add_argument(
+        "--renders", type=int, default=2000, metavar="N", help="held-out renders (default: %(default)s)"
+    )
     parser.add_argument("--model", default=MODEL, help=f"pipeline of labelled glyphs (default: {MODEL})")
     parser.add_argument(
         "--finetuned",

@@ -16,10 +16,9 @@ import pytest
 from PIL import Image
 
 import fastdiff
-from fastdiff.cli import comparison, demo
 from fastdiff.cli.comparison import Row, mark_beaten
 from fastdiff.cli.contenders import Contender, contenders, fewer_steps
-from fastdiff.cli.main import build_parser, main
+from fastdiff.cli.main import main
 from fastdiff.eval import Ratio
 from fastdiff.eval.glyphs import GlyphJudge, Score
 from fastdiff.plan import Action, ComputePlan
@@ -226,13 +225,6 @@ def test_an_interrupt_leaves_no_half_written_files(
 
 
 # -- what it compares --------------------------------------------------------------------------------------------------
-
-
-def test_default_settings_are_those_that_the_help_names() -> None:
-    options = build_parser().parse_args(["demo"])
-    settings = comparison.Settings(demo.MODEL, demo.FINETUNED, demo.READER)
-    for name in ("samples", "batch", "steps", "guidance_scale", "seed", "renders", "dtype", "model", "reader"):
-        assert getattr(options, name) == getattr(settings, name), name
 
 
 @pytest.mark.parametrize(("steps", "fewer"), [(50, [25, 17, 12]), (12, [6, 4, 3]), (2, [1]), (3, [2, 1])])
