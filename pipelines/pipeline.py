@@ -58,7 +58,7 @@ class FastDiffPipeline:
         name = _resolve(pretrained_model_name_or_path)
         try:
             pipe = DiffusionPipeline.from_pretrained(name, **kwargs)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:  # the last for a class that diffusers lacks
             raise UnsupportedPipelineError(f"{name!r} cannot be loaded as a diffusers pipeline: {error}") from error
         saved = read_config(name, **kwargs) if chosen is None else None
         if saved is None:
@@ -77,7 +77,7 @@ class FastDiffPipeline:
             **kwargs: as in `DiffusionPipeline.save_pretrained`; ``push_to_hub`` uploads both.
         """
         self.fastdiff.save(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(os.fspath(save_directory), *args, **kwargs)  # type: ignore[misc]
 
 
 def enable(
