@@ -235,7 +235,7 @@ class Acceleration:
             ProfileMismatchError: naming the first difference.
         """
         here = self.to_dict()["denoisers"]
-        for name, saved in data.get("denoisers", {}).items():
+        for name, saved in data["denoisers"].items():
             if here.get(name) != saved:
                 raise ProfileMismatchError(
                     f"The saved acceleration is for {name}={saved}, this pipeline has {here.get(name)}. "
@@ -270,8 +270,8 @@ def read_config(name: str, **kwargs: Any) -> Mapping[str, Any] | None:
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise ConfigError(f"{path} has schema version {version!r}; this fastdiff reads version {SCHEMA_VERSION}.")
-    if not isinstance(data.get("methods"), list):
-        raise ConfigError(f"{path} lists no methods.")
+    if not (isinstance(data.get("methods"), list) and isinstance(data.get("denoisers"), dict)):
+        raise ConfigError(f"{path} needs a list of methods and an object of denoisers. Save the pipeline again.")
     return data
 
 
