@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import fastdiff
 from fastdiff.cli.contenders import FINETUNED_FULL, FULL, Contender, contenders
-from fastdiff.cli.options import executed_plan, load, refusals_explained
+from fastdiff.cli.options import load, refusals_explained
 from fastdiff.errors import ConfigError, UnsupportedPipelineError
 from fastdiff.eval import Ratio, paired_ratio, psnr, time_interleaved
 from fastdiff.eval.glyphs import GlyphJudge, Score
@@ -355,7 +355,7 @@ class _Run:
         pipe = self._sampler.pipe(contender)
         if contender.methods:
             (record,) = (record for record in pipe.fastdiff.last_run.denoisers.values() if record.calls)
-            self.plans[contender.key] = executed_plan(record)
+            self.plans[contender.key] = record.plan
             costs = record.measure()
             self.macs[contender.key] = sum(costs.macs_of(call.actions) for call in record.calls) / self._settings.batch
             return

@@ -14,7 +14,6 @@ from fastdiff.cli.options import (
     add_method_options,
     call,
     call_parameters,
-    executed_plan,
     load_pipeline,
     new_parser,
     parse_arguments,
@@ -219,7 +218,7 @@ def _write_record(
     first = batches[0].record
     for name, denoiser in first.denoisers.items() if first else ():
         if denoiser.calls:
-            executed_plan(denoiser).save(folder / f"plan-{name}.json")
+            denoiser.plan.save(folder / f"plan-{name}.json")
     write_json(folder / "record.json", json.loads(json.dumps(record)))
 
 

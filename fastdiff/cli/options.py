@@ -15,9 +15,7 @@ from fastdiff.errors import ConfigError, FastDiffError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from fastdiff.engine.record import DenoiserRecord
     from fastdiff.methods import Method
-    from fastdiff.plan import ComputePlan
 
 EXAMPLES = "examples:"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -125,13 +123,6 @@ def call_parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
 
     own = next(cls for cls in type(pipe).__mro__ if "__call__" in vars(cls) and not issubclass(cls, FastDiffPipeline))
     return dict(list(inspect.signature(own.__call__).parameters.items())[1:])
-
-
-def executed_plan(record: DenoiserRecord) -> ComputePlan:
-    """What a denoiser really ran, with what its plan says of timesteps and methods, so that it can be run again."""
-    from fastdiff.plan import ComputePlan
-
-    return ComputePlan(record.plan.table, record.units, record.plans[-1].meta)
 
 
 def parse_value(text: str) -> Any:

@@ -63,9 +63,7 @@ class DenoiserRecord:
         if not self.calls:
             raise ValueError("The denoiser was not called, so there is no executed plan.")
         rows = [call.actions for call in self.calls if call.branch == self.calls[0].branch]
-        timesteps = self.plans[-1].meta.get("timesteps") if self.plans else None
-        meta = {"denoiser": self.class_name, "methods": ["executed"]}
-        return ComputePlan(np.array(rows), self.units, {**meta, **({"timesteps": timesteps} if timesteps else {})})
+        return ComputePlan(np.array(rows), self.units, self.plans[-1].meta if self.plans else {})
 
     @property
     def skipped(self) -> int:
