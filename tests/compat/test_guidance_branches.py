@@ -43,6 +43,8 @@ def evaluations_of(name: str) -> tuple[nn.Module, list[list[Call]]]:
     """Returns a pipeline's denoiser and the calls of two branches for each evaluation."""
     pipe = build(name)
     calls = denoiser_calls(pipe, name)
+    if len(calls) == STEPS:
+        pytest.skip("this diffusers does not evaluate a negative prompt here")
     assert len(calls) == 2 * STEPS
     return pipe.transformer, [calls[start : start + 2] for start in range(0, len(calls), 2)]
 
