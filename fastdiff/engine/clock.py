@@ -65,13 +65,16 @@ def _config(scheduler: Any) -> Mapping[str, Any]:
 
 
 class _Watched:
-    """A scheduler's method that tells somebody when it returns. A copy of the scheduler is not watched."""
+    """A scheduler's method that tells somebody when it returns."""
 
-    def __init__(self, scheduler: Any, name: str, then: Callable[[], None]) -> None:
+    def __init__(
+        self, scheduler: Any, name: str, then: Callable[[], None], of_copy: Callable[[Any, str], Callable[..., Any]]
+    ) -> None:
+        functools.update_wrapper(self, getattr(scheduler, name), updated=())  # pipelines inspect the signature
         self._scheduler = scheduler
         self._name = name
         self._then = then
-        functools.update_wrapper(self, getattr(scheduler, name))  # pipelines inspect the signature
+        self._of_copy = of_copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
@@ -79,15 +82,17 @@ class _Watched:
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo[id(self._scheduler)]
-        return getattr(type(copied), self._name).__get__(copied)
+        copied = memo.get(id(self._scheduler))
+        # Without the scheduler among what is copied, its attributes are on their way back into it.
+        return self if copied is None else self._of_copy(copied, self._name)
 
 
 class StepClock:
     """Counts the evaluations of a sampling loop by watching a scheduler, from `attach` to `detach`.
 
     The clock ticks when ``scheduler.step`` returns; denoiser calls between two ticks are guidance branches of one
-    evaluation. A second ``step`` without a denoiser call between (one more latent, say) does not tick.
+    evaluation. A second ``step`` without a denoiser call between (one more latent, say) does not tick. Copies that a
+    pipeline makes of the scheduler, for one latent each, tick as well; only the scheduler itself sets the grid.
 
     Args:
         on_tick: called after every tick.
@@ -106,8 +111,20 @@ class StepClock:
         """Watch this scheduler object; its class and its config stay as they are."""
         own = {name: vars(scheduler)[name] for name in ("set_timesteps", "step") if name in vars(scheduler)}
         self._attached.append((scheduler, own))
-        scheduler.set_timesteps = _Watched(scheduler, "set_timesteps", lambda: self.start(Grid.of(scheduler)))
-        scheduler.step = _Watched(scheduler, "step", self.tick)
+        set_grid = functools.partial(self._set_grid, scheduler)
+        scheduler.set_timesteps = _Watched(scheduler, "set_timesteps", set_grid, self._method_of_copy)
+        scheduler.step = _Watched(scheduler, "step", self.tick, self._method_of_copy)
+
+    def _set_grid(self, scheduler: Any) -> None:
+        self.start(Grid.of(scheduler))
+
+    def _method_of_copy(self, copied: Any, name: str) -> Callable[..., Any]:
+        """The method that a copy of a watched scheduler gets."""
+        if name == "step":
+            self._attached.append((copied, {}))
+            return _Watched(copied, "step", self.tick, self._method_of_copy)
+        method: Callable[..., Any] = getattr(type(copied), name).__get__(copied)
+        return method
 
     def detach(self) -> None:
         """Stop watching."""

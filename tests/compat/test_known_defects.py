@@ -18,7 +18,7 @@ import fastdiff
 from fastdiff import Action, ComputePlan, ExitSchedule, FeatureInheritance, LayerSkipping, StateError
 from fastdiff.backbones import view
 from tiny.models import TINY_MODELS
-from tiny.pipelines import TINY_PIPELINES
+from tiny.pipelines import PIXELS, TINY_PIPELINES, pipeline, transformer
 from tiny.sampling import accelerate, calls_of, counting, evaluate
 
 CONTROLLED = pytest.mark.parametrize("name", ["FluxTransformer2DModel", "ChromaTransformer2DModel"])
@@ -306,22 +306,57 @@ def test_guidance_that_leaves_out_layers_is_computed_in_full() -> None:
 # -- components that change after enabling -----------------------------------------------------------------------------
 
 
-def test_copy_of_the_scheduler_does_not_tick() -> None:
-    """Pipelines with sound step it with a copy of the scheduler."""
+def test_second_latent_stepped_with_a_copy_of_the_scheduler_is_no_evaluation() -> None:
+    """As in pipelines with sound; others put a scheduler's attributes back as they were before a step."""
     name = "StableDiffusion3Pipeline"
     pipe = accelerated(name, "inherit-0")
     expected = sample(pipe, name)
     evaluations = [call.evaluation for call in record_of(pipe).calls]
+    copies = []
 
     def callback(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        second = copy.deepcopy(pipe.scheduler)
-        second.set_timesteps(50)
-        second.step(kwargs["latents"], second.timesteps[0], kwargs["latents"])
+        copies.append(copy.deepcopy(pipe.scheduler))
+        copies[-1].set_timesteps(50)
+        copies[-1].step(kwargs["latents"], copies[-1].timesteps[0], kwargs["latents"])
         assert len(pipe.scheduler.timesteps) == STEPS
+        vars(pipe.scheduler).update(copy.deepcopy(vars(pipe.scheduler)))
         return kwargs
 
     assert torch.equal(sample(pipe, name, callback_on_step_end=callback), expected)
     assert [call.evaluation for call in record_of(pipe).calls] == evaluations
+    assert not any({"step", "set_timesteps"} & set(vars(scheduler)) for scheduler in (*copies, pipe.scheduler))
+
+
+def test_pipeline_that_steps_only_copies_of_its_scheduler() -> None:
+    """SkyReels' diffusion forcing has one for each latent frame."""
+    if not hasattr(diffusers, "SkyReelsV2DiffusionForcingPipeline"):
+        pytest.skip("this diffusers has no such pipeline")
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0}
+    entry = pipeline(
+        "SkyReelsV2DiffusionForcingPipeline",
+        lambda: {
+            "transformer": transformer("SkyReelsV2Transformer3DModel"),
+            "scheduler": diffusers.UniPCMultistepScheduler(**flow),
+        },
+        lambda call: call.prompt(6.0) | {"prompt": None, "height": PIXELS, "width": PIXELS, "num_frames": 9},
+    )
+
+    def run() -> torch.Tensor:
+        return pipe(**entry.inputs(steps=STEPS), return_dict=False)[0]
+
+    pipe = entry.build()
+    plain = run()
+    fastdiff.enable(pipe, ExitSchedule("full"))
+    assert torch.equal(run(), plain)
+    fastdiff.enable(pipe, FeatureInheritance(interval=3, last_key=False))
+    sampled = run()
+    assert not torch.equal(sampled, plain)
+    assert torch.equal(run(), sampled)
+    record = record_of(pipe)
+    assert len(record.branches) == 2
+    for branch in record.branches:
+        computed = [set(call.actions) == {Action.COMPUTE} for call in record.calls if call.branch == branch]
+        assert computed == [row % 3 == 0 for row in range(STEPS)]
 
 
 def other_weights(name: str) -> DiffusionPipeline:
