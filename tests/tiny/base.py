@@ -27,7 +27,7 @@ class TinyModel:
     """One denoiser at a size that runs in milliseconds on a CPU.
 
     Attributes:
-        name: Name of the diffusers class.
+        name: Name of the diffusers class, with a word on the variant where there are several.
         build: Returns the model: seeded, float32, CPU, eval mode, every block a non-identity.
         inputs: `(batch, seed)` to the keyword arguments of `model(**inputs)`.
         block_lists: Attribute paths of the backbone's module lists, in the order in which they run.
@@ -45,7 +45,7 @@ class TinyModel:
     @property
     def available(self) -> bool:
         """Whether the installed diffusers has this class."""
-        return hasattr(diffusers, self.name)
+        return hasattr(diffusers, self.name.partition(" (")[0])
 
 
 class Draw:
@@ -85,6 +85,7 @@ def entry(
     config: dict[str, Any],
     inputs: Callable[[Draw, int], dict[str, Any]],
     block_lists: tuple[str, ...] = ("transformer_blocks",),
+    variant: str = "",
     **extra: str,
 ) -> TinyModel:
     """Returns the catalogue entry of a diffusers class.
@@ -94,10 +95,11 @@ def entry(
         config: Keyword arguments of its constructor.
         inputs: `(draw, batch)` to the keyword arguments of its forward.
         block_lists: Attribute paths of the backbone's module lists.
+        variant: Distinguishes several entries of one class.
         **extra: `timestep` and `note` of the `TinyModel`.
     """
     return TinyModel(
-        name=name,
+        name=f"{name} ({variant})" if variant else name,
         build=lambda: build(getattr(diffusers, name), config),
         inputs=lambda batch, seed: inputs(Draw(seed), batch),
         block_lists=block_lists,

@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from types import ModuleType
 from typing import Any
 
 import diffusers.models.transformers
+import diffusers.models.unets
 import pytest
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .models import NOT_COVERED, TINY_MODELS
+from .unets import TINY_UNETS, UNETS_NOT_COVERED
 
 BATCH = 2
-EVERY_MODEL = pytest.mark.parametrize("name", TINY_MODELS)
+CATALOGUE = TINY_MODELS | TINY_UNETS
+EVERY_MODEL = pytest.mark.parametrize("name", CATALOGUE)
+EVERY_TRANSFORMER = pytest.mark.parametrize("name", TINY_MODELS)
 PACKED = {"Cosmos3OmniTransformer", "MiniMaxH3Transformer3DModel"}
 """Classes that take one timestep for the whole packed batch, or one per token."""
 
@@ -24,9 +29,8 @@ PASSES_TEXT_THROUGH = {"MochiTransformer3DModel": ["transformer_blocks.2"]}
 """Last blocks that return the text stream they were given."""
 
 
-def classes_of_diffusers() -> set[str]:
-    """Returns the names of the model classes defined in `diffusers.models.transformers`."""
-    package = diffusers.models.transformers
+def classes_of(package: ModuleType) -> set[str]:
+    """Returns the names of the model classes defined in the modules of a package."""
     modules = (importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__))
     return {
         name
@@ -44,7 +48,7 @@ def items(output: Any) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def run(name: str, model: nn.Module, seed: int = 0) -> list[torch.Tensor]:
-    return items(model(**TINY_MODELS[name].inputs(BATCH, seed), return_dict=False))
+    return items(model(**CATALOGUE[name].inputs(BATCH, seed), return_dict=False))
 
 
 def differ(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
@@ -53,12 +57,19 @@ def differ(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 def test_every_class_is_in_exactly_one_table() -> None:
     assert set(TINY_MODELS).isdisjoint(NOT_COVERED)
-    assert set(TINY_MODELS) | set(NOT_COVERED) == classes_of_diffusers()
+    assert set(TINY_MODELS) | set(NOT_COVERED) == classes_of(diffusers.models.transformers)
+
+
+def test_every_unet_class_is_in_exactly_one_table() -> None:
+    covered = {name.partition(" (")[0] for name in TINY_UNETS}
+    elsewhere = {"AudioLDM2UNet2DConditionModel"}
+    assert covered.isdisjoint(UNETS_NOT_COVERED)
+    assert covered | set(UNETS_NOT_COVERED) == classes_of(diffusers.models.unets) | elsewhere
 
 
 @EVERY_MODEL
 def test_model_predicts_for_each_item_and_repeats(name: str) -> None:
-    tiny = TINY_MODELS[name]
+    tiny = CATALOGUE[name]
     model = tiny.build()
     prediction = run(name, model)
 
@@ -74,7 +85,7 @@ def test_model_predicts_for_each_item_and_repeats(name: str) -> None:
 
 @EVERY_MODEL
 def test_timestep_changes_the_prediction(name: str) -> None:
-    tiny = TINY_MODELS[name]
+    tiny = CATALOGUE[name]
     model = tiny.build()
     inputs = tiny.inputs(BATCH, 0)
     timestep = inputs[tiny.timestep]
@@ -88,7 +99,7 @@ def test_timestep_changes_the_prediction(name: str) -> None:
 
 @EVERY_MODEL
 def test_every_block_matters(name: str) -> None:
-    tiny = TINY_MODELS[name]
+    tiny = CATALOGUE[name]
     model = tiny.build()
     reference = run(name, model)
 
@@ -106,9 +117,9 @@ def test_every_block_matters(name: str) -> None:
             assert differ(reference, changed), f"{path}.{index} does not reach the output"
 
 
-@EVERY_MODEL
+@EVERY_TRANSFORMER
 def test_no_block_is_an_identity(name: str) -> None:
-    tiny = TINY_MODELS[name]
+    tiny = CATALOGUE[name]
     model = tiny.build()
     unchanged: list[str] = []
 
