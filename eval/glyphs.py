@@ -1,4 +1,9 @@
-"""Judging glyph samples: distance to held-out renders, and whether they show the character that was asked for."""
+"""Judging glyph samples: distance to held-out renders, and whether they show what was asked for.
+
+What was asked of a set of images is one array, as `fastdiff.zoo.captions.caption_sequence` returns it: the character,
+or the character, foreground and background of each image; or None where nothing was asked and an image only has to be
+legible.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,8 @@ import torch
 
 from fastdiff.eval.quality import FeatureStatistics, fid, resample_fid, wilson_interval
 from fastdiff.zoo.check import HELD_OUT_SEED
-from fastdiff.zoo.data import render_many, to_tensor
-from fastdiff.zoo.reader import GlyphReader
+from fastdiff.zoo.data import LABELS, render_many, to_tensor
+from fastdiff.zoo.reader import QUESTIONS, GlyphReader
 
 BATCH = 256
 
@@ -23,7 +28,7 @@ class Score:
         samples: number of images.
         fid: Fréchet distance of the reader's features to the reference renders; depends on the number of samples.
         resampled: the same distance of resampled sets (`fastdiff.eval.resample_fid`).
-        correct: images that the reader takes for the character they were to show.
+        correct: images that the reader reads as they were asked for (`GlyphReaderOutput.as_asked`).
         read_low: lower end of the 95 % Wilson interval of that share.
         read_high: its upper end.
     """
@@ -68,21 +73,23 @@ class GlyphJudge:
         self._reader = reader.eval()
         self.renders = renders
         self.seed = seed
-        features, _ = self._look(render_many(seed, 0, renders)[0])
+        features, _ = self._look(render_many(seed, 0, renders)[0], None)
         self._reference = FeatureStatistics.of(features)
 
-    def score(self, images: np.ndarray, characters: np.ndarray) -> Score:
+    def score(self, images: np.ndarray, asked: np.ndarray | None = None) -> Score:
         """Score images.
 
         Args:
             images: uint8 of shape ``(samples, 32, 32, 3)``.
-            characters: what each was to show, indices into `fastdiff.zoo.data.CHARACTERS`.
+            asked: what each was to show: characters of shape ``(samples,)``, indices into
+                `fastdiff.zoo.data.CHARACTERS`; or characters, foregrounds and backgrounds of shape ``(samples, 3)``,
+                the latter two indices into `fastdiff.zoo.data.COLORS`; or None if nothing was asked.
 
         Raises:
             ConfigError: if there are fewer than two images.
         """
-        features, read = self._look(images)
-        correct = int((read == np.asarray(characters)).sum())
+        features, read = self._look(images, asked)
+        correct = int(read.sum())
         return Score(
             len(images),
             fid(features, self._reference),
@@ -91,18 +98,26 @@ class GlyphJudge:
             *wilson_interval(correct, len(images)),
         )
 
-    def score_renders(self, count: int) -> Score:
-        """The score of renders that are not in the reference: what perfect samples of this number would get."""
+    def score_renders(self, count: int, questions: int = 1) -> Score:
+        """The score of renders that are not in the reference: what perfect samples of this number would get.
+
+        Args:
+            count: number of renders.
+            questions: how many of `fastdiff.zoo.reader.QUESTIONS` to ask of each; none means that it is to be legible.
+        """
         images, labels = render_many(self.seed, self.renders, count)
-        return self.score(images, labels[:, 0])
+        asked = labels[:, [LABELS.index(name) for name in QUESTIONS[:questions]]]
+        return self.score(images, asked if questions else None)
 
     @torch.no_grad()
-    def _look(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features of shape ``(samples, dim)`` and the character read in each image."""
+    def _look(self, images: np.ndarray, asked: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Features of shape ``(samples, dim)`` and whether each image is read as asked."""
         features, read = [], []
-        for batch in torch.from_numpy(images).split(BATCH):
-            pixels = to_tensor(batch).to(self._reader.device, self._reader.dtype)
+        for start in range(0, len(images), BATCH):
+            chosen = slice(start, start + BATCH)
+            pixels = to_tensor(images[chosen]).to(self._reader.device, self._reader.dtype)
             seen = self._reader.features(pixels)
             features.append(seen.float().cpu().numpy())
-            read.append(self._reader.heads["character"](seen).argmax(dim=1).cpu().numpy())
+            wanted = None if asked is None else torch.as_tensor(asked[chosen], device=seen.device)
+            read.append(self._reader.answer(seen).as_asked(wanted).cpu().numpy())
         return np.concatenate(features), np.concatenate(read)

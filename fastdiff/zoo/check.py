@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiTPipeline
+from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, DiTPipeline, StableDiffusionPipeline
 from tqdm import tqdm
 
+from .captions import caption_sequence
 from .data import CHARACTERS, IMAGE_SIZE, batches
 from .reader import GlyphReader
 
 HELD_OUT_SEED = 2
 """The stream that no model was trained on."""
+
+Asked = torch.Tensor | np.ndarray | list[int] | None
+
+
+def _sample(
+    pipe: DiffusionPipeline,
+    count: int,
+    inputs: Callable[[slice], dict[str, Any]],
+    *,
+    num_inference_steps: int,
+    seed: int,
+    batch_size: int,
+) -> torch.Tensor:
+    """Samples ``count`` images in batches, with ``inputs`` for each batch."""
+    images = []
+    for start in tqdm(range(0, count, batch_size), desc="sampling", leave=False):
+        chosen = slice(start, min(start + batch_size, count))
+        arrays = pipe(
+            generator=[torch.Generator().manual_seed(seed + index) for index in range(chosen.start, chosen.stop)],
+            num_inference_steps=num_inference_steps,
+            output_type="np",
+            **inputs(chosen),
+        ).images
+        images.append(torch.from_numpy(arrays).movedim(-1, 1) * 2 - 1)
+    return torch.cat(images) if images else torch.empty(0, 3, IMAGE_SIZE, IMAGE_SIZE)
 
 
 def sample(
@@ -35,19 +65,89 @@ def sample(
     Returns:
         float32 (len(classes), 3, 32, 32) in [-1, 1].
     """
-    images = []
-    for start in tqdm(range(0, len(classes), batch_size), desc="sampling", leave=False):
-        chosen = classes[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(chosen))]
-        arrays = pipe(
-            class_labels=chosen,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generators,
-            output_type="np",
-        ).images
-        images.append(torch.from_numpy(arrays).movedim(-1, 1) * 2 - 1)
-    return torch.cat(images) if images else torch.empty(0, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+    def inputs(chosen: slice) -> dict[str, Any]:
+        return {"class_labels": classes[chosen], "guidance_scale": guidance_scale}
+
+    return _sample(
+        pipe, len(classes), inputs, num_inference_steps=num_inference_steps, seed=seed, batch_size=batch_size
+    )
+
+
+def sample_captions(
+    pipe: StableDiffusionPipeline,
+    captions: list[str],
+    *,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 4.0,
+    seed: int = 0,
+    batch_size: int = 72,
+) -> torch.Tensor:
+    """Samples one image for each caption (`fastdiff.zoo.captions.caption_sequence`), each from its own seed.
+
+    Args:
+        pipe: any pipeline that is called as `StableDiffusionPipeline` is.
+        captions: what to draw.
+        num_inference_steps: solver steps.
+        guidance_scale: classifier-free guidance.
+        seed: image i starts from the noise of ``seed + i``.
+        batch_size: images at a time.
+
+    Returns:
+        float32 (len(captions), 3, 32, 32) in [-1, 1].
+    """
+
+    def inputs(chosen: slice) -> dict[str, Any]:
+        return {"prompt": captions[chosen], "guidance_scale": guidance_scale}
+
+    return _sample(
+        pipe, len(captions), inputs, num_inference_steps=num_inference_steps, seed=seed, batch_size=batch_size
+    )
+
+
+def sample_unconditional(
+    pipe: DDPMPipeline, count: int, *, num_inference_steps: int = 50, seed: int = 0, batch_size: int = 72
+) -> torch.Tensor:
+    """Samples images of which nothing is asked, each from its own seed.
+
+    Args:
+        pipe: any pipeline that is called as `DDPMPipeline` is.
+        count: number of images.
+        num_inference_steps: solver steps.
+        seed: image i starts from the noise of ``seed + i``.
+        batch_size: images at a time.
+
+    Returns:
+        float32 (count, 3, 32, 32) in [-1, 1].
+    """
+
+    def inputs(chosen: slice) -> dict[str, Any]:
+        return {"batch_size": chosen.stop - chosen.start}
+
+    return _sample(pipe, count, inputs, num_inference_steps=num_inference_steps, seed=seed, batch_size=batch_size)
+
+
+def sample_as_asked(
+    pipe: DiffusionPipeline, count: int, *, num_inference_steps: int, guidance_scale: float, seed: int = 0
+) -> tuple[torch.Tensor, Asked]:
+    """Samples of any pipeline of the zoo, asked for every character in turn where it can be asked.
+
+    Returns:
+        float32 (count, 3, 32, 32) in [-1, 1], and what each image was to show.
+    """
+    if isinstance(pipe, DiTPipeline):
+        classes = (class_sequence(1) * count)[:count]
+        images = sample(
+            pipe, classes, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed
+        )
+        return images, classes
+    if isinstance(pipe, StableDiffusionPipeline):
+        captions, asked = caption_sequence(count, seed)
+        images = sample_captions(
+            pipe, captions, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed
+        )
+        return images, asked
+    return sample_unconditional(pipe, count, num_inference_steps=num_inference_steps, seed=seed), None
 
 
 def class_sequence(per_class: int) -> list[int]:
@@ -55,9 +155,16 @@ def class_sequence(per_class: int) -> list[int]:
     return list(range(len(CHARACTERS))) * per_class
 
 
-def share_read(reader: GlyphReader, images: torch.Tensor, classes: list[int]) -> float:
-    """The share of images that the reader takes for the character they were asked to show."""
-    return (reader.read(images) == torch.tensor(classes)).float().mean().item()
+@torch.no_grad()
+def share_read(reader: GlyphReader, images: torch.Tensor, asked: Asked) -> float:
+    """The share of images that are read as they were asked for (`GlyphReaderOutput.as_asked`).
+
+    Args:
+        reader: the judge.
+        images: float (count, 3, 32, 32) in [-1, 1].
+        asked: one character for each image; or character, foreground and background; or None where nothing was asked.
+    """
+    return reader(images).as_asked(None if asked is None else torch.as_tensor(asked)).float().mean().item()
 
 
 @torch.no_grad()

@@ -49,6 +49,8 @@ PALETTE = {
     "pink": (240, 150, 190),
 }
 COLORS = tuple(PALETTE)
+LABELS = ("character", "font", "foreground", "background")
+"""The columns of every array of labels."""
 
 IMAGE_SIZE = 32
 MAX_ROTATION_DEGREES = 12.0
@@ -92,7 +94,7 @@ def _font(index: int, size: int) -> ImageFont.FreeTypeFont:
 
 
 @functools.cache
-def _color_pairs() -> list[tuple[int, int]]:
+def color_pairs() -> list[tuple[int, int]]:
     """All (foreground, background) pairs that differ clearly in luminance."""
     luminance = np.array(list(PALETTE.values())) @ np.array([0.299, 0.587, 0.114])
     count = len(COLORS)
@@ -145,7 +147,7 @@ def render(seed: int, index: int) -> Glyph:
     rng = np.random.default_rng([seed, index])
     character = int(rng.integers(len(CHARACTERS)))
     font = int(rng.integers(len(FONTS)))
-    foreground, background = _color_pairs()[rng.integers(len(_color_pairs()))]
+    foreground, background = color_pairs()[rng.integers(len(color_pairs()))]
     coverage = _coverage(rng, character, font)[..., None]
 
     colors = np.array([PALETTE[COLORS[foreground]], PALETTE[COLORS[background]]], dtype=np.float32)

@@ -14,7 +14,13 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from .data import CHARACTERS, COLORS, FONTS
+from .data import CHARACTERS, COLORS, FONTS, color_pairs
+
+QUESTIONS = ("character", "foreground", "background")
+"""What a model may be asked to draw, in the order in which it is asked."""
+
+LEGIBLE_PROBABILITY = 0.99
+"""Certainty about the character from which an image counts as legible; what it lets pass is in ``docs/zoo.md``."""
 
 
 @dataclass
@@ -25,6 +31,29 @@ class GlyphReaderOutput(BaseOutput):
     font: torch.Tensor
     foreground: torch.Tensor
     background: torch.Tensor
+
+    def as_asked(self, asked: torch.Tensor | None) -> torch.Tensor:
+        """Which images show what was asked for.
+
+        Args:
+            asked: int64 (batch, questions): the right answers to the first so many of ``QUESTIONS``, or (batch,)
+                for the character only. An image of which nothing was asked (None) has to be legible.
+
+        Returns:
+            bool (batch,), true where every question is answered right.
+        """
+        if asked is None:
+            return self.legible()
+        columns = asked.reshape(len(asked), -1).T
+        answers = [self[name].argmax(1) for name in QUESTIONS[: len(columns)]]
+        return (torch.stack(answers) == columns).all(0)
+
+    def legible(self) -> torch.Tensor:
+        """Which images show some character beyond doubt, in a pair of contrasting colours: bool (batch,)."""
+        certain = self.character.softmax(1).amax(1) >= LEGIBLE_PROBABILITY
+        contrasting = torch.zeros(len(COLORS), len(COLORS), dtype=torch.bool, device=certain.device)
+        contrasting[tuple(zip(*color_pairs(), strict=True))] = True
+        return certain & contrasting[self.foreground.argmax(1), self.background.argmax(1)]
 
 
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -65,10 +94,13 @@ class GlyphReader(ModelMixin, ConfigMixin):
         """
         return nn.functional.silu(self.project(self.stages(images).flatten(1)))
 
+    def answer(self, features: torch.Tensor) -> GlyphReaderOutput:
+        """What the features of images, (batch, feature_dim), say."""
+        return GlyphReaderOutput(**{name: head(features) for name, head in self.heads.items()})
+
     def forward(self, images: torch.Tensor) -> GlyphReaderOutput:
         """Reads images, float (batch, 3, 32, 32) in [-1, 1]."""
-        features = self.features(images)
-        return GlyphReaderOutput(**{name: head(features) for name, head in self.heads.items()})
+        return self.answer(self.features(images))
 
     @torch.no_grad()
     def read(self, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:

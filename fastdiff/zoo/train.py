@@ -8,28 +8,33 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextModel
 
 from fastdiff import zoo
 from fastdiff.errors import FastDiffError
 from fastdiff.methods import ExitSchedule
 
-from . import check, training
-from .data import CHARACTERS, pool
+from . import check, export, training, training_dit, training_unet
+from .captions import load_tokenizer, write_tokenizer
+from .data import pool
 from .reader import GlyphReader
 from .training_loop import LoopConfig, fit
 
 DESCRIPTION = """\
-Makes the zoo's models from nothing: glyph images, the reader that judges them, the autoencoder, the denoiser, and the
-denoiser's early-exit copy. Run the commands in this order; each says what it needs:
+Makes the zoo's models from nothing: glyph images, the reader that judges them, the autoencoder and the denoisers. Run
+the commands in this order; each says what it needs:
 
   data    render the training images once (a minute)
-  vae     train the autoencoder                     needs data
-  reader  train the reader                          needs data
-  dit     train the denoiser on the VAE's latents   needs data, vae
-  ase     fine-tune it to exit early                needs dit
-  export  write plain diffusers folders in float16  needs all of the above
+  vae     train the autoencoder                             needs data
+  reader  train the reader                                  needs data
+  dit     train the transformer on the VAE's latents        needs data, vae
+  ase     fine-tune it to exit early                        needs dit
+  sd      train UNet and text encoder on the VAE's latents  needs data, vae
+  ddpm    train the unconditional UNet on pixels            needs data
+  export  write plain diffusers folders in float16          needs what it writes
   check   count how many samples the reader can read
 
 Training writes a checkpoint every few hundred steps; the same command continues after an interruption and ends with
@@ -86,77 +91,102 @@ def _reader(args: argparse.Namespace) -> None:
 
 
 def _latents(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """The training latents and their class labels, encoded once."""
+    """The training latents, encoded once, and all labels of their images."""
+    images, labels = _images(args)
     path = args.work / "latents.safetensors"
     if not path.exists():
-        images, labels = _images(args)
         vae = AutoencoderKL.from_pretrained(_needed(args.work / "vae" / "model", "vae")).eval()
         print("encoding the images ...")
-        save_file({"latents": training.encode(vae, images), "labels": labels[:, 0].contiguous()}, path)
-    stored = load_file(path)
-    return stored["latents"], stored["labels"]
+        save_file({"latents": training.encode(vae, images)}, path)
+    return load_file(path)["latents"], labels
 
 
 def _dit(args: argparse.Namespace) -> None:
     latents, labels = _latents(args)
     torch.manual_seed(args.seed)
-    transformer = training.build_transformer()
-    predict = training.denoiser_predictor(transformer, None, args.compile)
+    transformer = training_dit.build_transformer()
+    predict = training_dit.denoiser_predictor(transformer, None, args.compile)
     config = LoopConfig(args.steps, seed=args.seed, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
-    fit(transformer, training.denoiser_loss(predict, latents, labels, args.batch_size), config, args.work / "dit")
+    loss = training_dit.denoiser_loss(predict, latents, labels[:, 0], args.batch_size)
+    fit(transformer, loss, config, args.work / "dit")
     transformer.save_pretrained(args.work / "dit" / "model")
 
 
 def _ase(args: argparse.Namespace) -> None:
     latents, labels = _latents(args)
     transformer = DiTTransformer2DModel.from_pretrained(_needed(args.work / "dit" / "model", "dit"))
-    training.disable_label_dropout(transformer)
-    training.freeze_timestep_embedders(transformer)
-    predict = training.denoiser_predictor(transformer, ASE_SCHEDULE, args.compile)
+    training_dit.disable_label_dropout(transformer)
+    training_dit.freeze_timestep_embedders(transformer)
+    predict = training_dit.denoiser_predictor(transformer, ASE_SCHEDULE, args.compile)
     config = LoopConfig(
         args.steps, seed=args.seed, learning_rate=3e-4, warmup_steps=100, ema_decay=0.999, ema_warmup=False
     )
-    fit(transformer, training.denoiser_loss(predict, latents, labels, args.batch_size), config, args.work / "ase")
+    loss = training_dit.denoiser_loss(predict, latents, labels[:, 0], args.batch_size)
+    fit(transformer, loss, config, args.work / "ase")
     transformer.save_pretrained(args.work / "ase" / "model")
 
 
-def _half_copy(model: ModelMixin) -> ModelMixin:
-    """The model in float16, with a configuration that does not say which folder it was loaded from."""
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    half = type(model).from_config(config).half()
-    half.load_state_dict(model.state_dict())
-    return half
+def _sd(args: argparse.Namespace) -> None:
+    latents, labels = _latents(args)
+    write_tokenizer(args.work / "tokenizer")
+    tokenizer = load_tokenizer(args.work / "tokenizer")
+    torch.manual_seed(args.seed)
+    text_encoder = training_unet.build_text_encoder(tokenizer)
+    unet = training_unet.build_text_unet()
+    loss = training_unet.text_loss(unet, text_encoder, tokenizer, latents, labels, args.batch_size)
+    config = LoopConfig(args.steps, seed=args.seed, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
+    fit(nn.ModuleDict({"text_encoder": text_encoder, "unet": unet}), loss, config, args.work / "sd")
+    text_encoder.save_pretrained(args.work / "sd" / "model" / "text_encoder")
+    unet.save_pretrained(args.work / "sd" / "model" / "unet")
 
 
-def export_pipeline(transformer: DiTTransformer2DModel, vae: AutoencoderKL, folder: Path) -> None:
-    """Writes a pipeline as a plain diffusers folder with float16 weights; the models given stay as they are.
+def _ddpm(args: argparse.Namespace) -> None:
+    images, _ = _images(args)
+    torch.manual_seed(args.seed)
+    unet = training_unet.build_pixel_unet()
+    config = LoopConfig(args.steps, seed=args.seed, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
+    fit(unet, training_unet.pixel_loss(unet, images, args.batch_size), config, args.work / "ddpm")
+    unet.save_pretrained(args.work / "ddpm" / "model")
 
-    Args:
-        transformer: the denoiser.
-        vae: the autoencoder.
-        folder: replaced if it exists.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    id2label = dict(enumerate(CHARACTERS))
-    pipe = DiTPipeline(
-        transformer=_half_copy(transformer),
-        vae=_half_copy(vae),
-        scheduler=training.build_scheduler(),
-        id2label=id2label,
-    )
-    pipe.register_to_config(id2label={str(index): character for index, character in id2label.items()})
-    pipe.save_pretrained(folder)
+
+def _export_dit(args: argparse.Namespace, name: str, trained: Path) -> None:
+    export.export_dit(DiTTransformer2DModel.from_pretrained(trained), _vae_for_export(args), args.out / name)
+
+
+def _export_sd(args: argparse.Namespace, name: str, trained: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(trained / "unet")
+    text_encoder = CLIPTextModel.from_pretrained(trained / "text_encoder")
+    export.export_text_to_image(unet, text_encoder, _vae_for_export(args), args.out / name)
+
+
+def _export_ddpm(args: argparse.Namespace, name: str, trained: Path) -> None:
+    export.export_unconditional(UNet2DModel.from_pretrained(trained), args.out / name)
+
+
+def _export_reader(args: argparse.Namespace, name: str, trained: Path) -> None:
+    shutil.rmtree(args.out / name, ignore_errors=True)
+    export.half_copy(GlyphReader.from_pretrained(trained)).save_pretrained(args.out / name)
+
+
+def _vae_for_export(args: argparse.Namespace) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(_needed(args.work / "vae" / "model", "vae"))
+
+
+_STAGES = {
+    "glyphs-dit": ("dit", _export_dit),
+    "glyphs-dit-ase": ("ase", _export_dit),
+    "glyphs-sd": ("sd", _export_sd),
+    "glyphs-ddpm": ("ddpm", _export_ddpm),
+    "glyphs-cnn": ("reader", _export_reader),
+}
+"""The stage that trains a model, and how the model is written."""
 
 
 def _export(args: argparse.Namespace) -> None:
-    vae = AutoencoderKL.from_pretrained(_needed(args.work / "vae" / "model", "vae"))
-    for name, stage in (("glyphs-dit", "dit"), ("glyphs-dit-ase", "ase")):
-        transformer = DiTTransformer2DModel.from_pretrained(_needed(args.work / stage / "model", stage))
-        export_pipeline(transformer, vae, args.out / name)
-    reader = GlyphReader.from_pretrained(_needed(args.work / "reader" / "model", "reader"))
-    shutil.rmtree(args.out / "glyphs-cnn", ignore_errors=True)
-    _half_copy(reader).save_pretrained(args.out / "glyphs-cnn")
-    for folder in sorted(args.out.iterdir()):
+    for name in args.model or _STAGES:
+        stage, write = _STAGES[name]
+        write(args, name, _needed(args.work / stage / "model", stage))
+        folder = args.out / name
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"{folder}: {size / 1e6:.2f} MB")
 
@@ -165,15 +195,17 @@ def _check(args: argparse.Namespace) -> None:
     reader = GlyphReader.from_pretrained(zoo.path("glyphs-cnn")).eval()
     accuracy = check.reader_accuracy(reader, args.held_out)
     print(f"reader on {args.held_out} held-out renders: " + ", ".join(f"{k} {v:.2%}" for k, v in accuracy.items()))
-    pipe = DiTPipeline.from_pretrained(zoo.path(args.model))
+    pipe = DiffusionPipeline.from_pretrained(zoo.path(args.model))
     pipe.set_progress_bar_config(disable=True)
-    kept = check.reconstruction(pipe.vae, reader, args.held_out)
-    print(f"autoencoder on the same renders: PSNR {kept['psnr']:.1f} dB, {kept['share_read']:.2%} still read")
-    classes = check.class_sequence(args.per_class)
-    steps, guidance = args.num_inference_steps, args.guidance_scale
-    images = check.sample(pipe, classes, num_inference_steps=steps, guidance_scale=guidance, seed=args.seed)
-    share = check.share_read(reader, images, classes)
-    print(f"{args.model}, {steps} DDIM steps, guidance {guidance}: {share:.2%} of {len(classes)} samples read as asked")
+    if hasattr(pipe, "vae"):
+        kept = check.reconstruction(pipe.vae, reader, args.held_out)
+        print(f"autoencoder on the same renders: PSNR {kept['psnr']:.1f} dB, {kept['share_read']:.2%} still read")
+    count, steps, guidance = 36 * args.per_class, args.num_inference_steps, args.guidance_scale
+    images, asked = check.sample_as_asked(
+        pipe, count, num_inference_steps=steps, guidance_scale=guidance, seed=args.seed
+    )
+    share = check.share_read(reader, images, asked)
+    print(f"{args.model}, {steps} steps, guidance {guidance}: {share:.2%} of {count} samples read as asked")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -205,14 +237,17 @@ def _parser() -> argparse.ArgumentParser:
     add("reader", _reader, "train the reader of characters, fonts and colours", 2000)
     dit = add("dit", _dit, "train the denoiser", 16_000)
     ase = add("ase", _ase, "fine-tune the denoiser to exit early under the schedule ase-demo", 5000)
+    add("sd", _sd, "train the text-to-image UNet with its text encoder", 10_500, 64)
+    add("ddpm", _ddpm, "train the unconditional UNet", 12_000, 32)
     for command in (dit, ase):
         command.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
-    export = add("export", _export, "write plain diffusers folders in float16")
-    export.add_argument("--out", type=Path, default=zoo.path("glyphs-dit").parent, help="folder for the models")
+    exported = add("export", _export, "write plain diffusers folders in float16")
+    exported.add_argument("--out", type=Path, default=zoo.path("glyphs-dit").parent, help="folder for the models")
+    exported.add_argument("--model", nargs="*", choices=_STAGES, help="models to write, instead of all")
     checked = add("check", _check, "count how many samples the reader can read")
     checked.add_argument("--model", default="glyphs-dit", help="a pipeline of the zoo")
     checked.add_argument("--per-class", type=int, default=20, help="samples of each of the 36 characters")
-    checked.add_argument("--num-inference-steps", type=int, default=50, help="DDIM steps")
+    checked.add_argument("--num-inference-steps", type=int, default=50, help="solver steps")
     checked.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance")
     checked.add_argument(
         "--held-out", type=int, default=3600, help="held-out renders for the reader and the autoencoder"

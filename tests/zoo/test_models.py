@@ -27,7 +27,8 @@ from fastdiff.methods import ExitSchedule
 from fastdiff.zoo import check, data
 from fastdiff.zoo.reader import GlyphReader
 from fastdiff.zoo.train import ASE_SCHEDULE
-from fastdiff.zoo.training import denoiser_predictor, encode, forward_at_depths
+from fastdiff.zoo.training import encode
+from fastdiff.zoo.training_dit import denoiser_predictor, forward_at_depths
 
 PIPELINES = ("glyphs-dit", "glyphs-dit-ase")
 

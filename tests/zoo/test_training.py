@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastdiff.methods import ExitSchedule
-from fastdiff.zoo import data, train, training
+from fastdiff.zoo import data, export, train, training, training_dit
 from fastdiff.zoo.training_loop import LoopConfig, fit
 
 DEPTHS = torch.tensor([1, 3, 2, 4])
@@ -21,7 +21,7 @@ DEPTHS = torch.tensor([1, 3, 2, 4])
 @pytest.fixture
 def transformer() -> DiTTransformer2DModel:
     torch.manual_seed(0)
-    model = training.build_transformer(num_layers=4, num_attention_heads=2, attention_head_dim=8)
+    model = training_dit.build_transformer(num_layers=4, num_attention_heads=2, attention_head_dim=8)
     for parameter in model.parameters():  # the identity blocks of a fresh model would make every depth equal
         if parameter.requires_grad and not parameter.any():
             nn.init.normal_(parameter, std=0.1)
@@ -31,7 +31,7 @@ def transformer() -> DiTTransformer2DModel:
 def _inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(4, 4, 8, 8, generator=generator)
-    return latents, torch.tensor([10, 400, 700, 990]), torch.tensor([0, 35, training.NULL_CLASS, 7])
+    return latents, torch.tensor([10, 400, 700, 990]), torch.tensor([0, 35, training_dit.NULL_CLASS, 7])
 
 
 def _truncated(model: DiTTransformer2DModel, depth: int) -> DiTTransformer2DModel:
@@ -46,7 +46,7 @@ class TestForwardAtDepths:
     def test_each_sample_equals_a_model_that_has_only_its_blocks(self, transformer: DiTTransformer2DModel) -> None:
         latents, timesteps, classes = _inputs()
         with torch.no_grad():
-            mixed = training.forward_at_depths(transformer.eval(), latents, timesteps, classes, DEPTHS)
+            mixed = training_dit.forward_at_depths(transformer.eval(), latents, timesteps, classes, DEPTHS)
             for index, depth in enumerate(DEPTHS.tolist()):
                 alone = _truncated(transformer, depth)(
                     latents[index : index + 1],
@@ -58,7 +58,7 @@ class TestForwardAtDepths:
     def test_full_depth_is_the_plain_forward(self, transformer: DiTTransformer2DModel) -> None:
         latents, timesteps, classes = _inputs()
         with torch.no_grad():
-            full = training.forward_at_depths(transformer.eval(), latents, timesteps, classes, torch.full((4,), 4))
+            full = training_dit.forward_at_depths(transformer.eval(), latents, timesteps, classes, torch.full((4,), 4))
             plain = transformer(latents, timestep=timesteps, class_labels=classes).sample
         assert torch.equal(full, plain)
 
@@ -66,7 +66,7 @@ class TestForwardAtDepths:
         latents, timesteps, classes = _inputs()
         with torch.no_grad():
             outputs = [
-                training.forward_at_depths(transformer, latents, timesteps, classes, torch.full((4,), depth))
+                training_dit.forward_at_depths(transformer, latents, timesteps, classes, torch.full((4,), depth))
                 for depth in (1, 2, 3, 4)
             ]
         for shallow, deep in itertools.pairwise(outputs):
@@ -76,7 +76,7 @@ class TestForwardAtDepths:
         latents, timesteps, classes = _inputs()
         for sample, depth in enumerate(DEPTHS.tolist()):
             transformer.zero_grad()
-            training.forward_at_depths(transformer, latents, timesteps, classes, DEPTHS)[
+            training_dit.forward_at_depths(transformer, latents, timesteps, classes, DEPTHS)[
                 sample
             ].square().sum().backward()
             for index, block in enumerate(transformer.transformer_blocks):
@@ -87,8 +87,12 @@ class TestForwardAtDepths:
         latents, timesteps, classes = _inputs()
         schedule = ExitSchedule.step(full=4, t_switch=500, d_low=1)
         with torch.no_grad():
-            predicted = training.denoiser_predictor(transformer, schedule, compiled=False)(latents, timesteps, classes)
-            expected = training.forward_at_depths(transformer, latents, timesteps, classes, torch.tensor([4, 4, 1, 1]))
+            predicted = training_dit.denoiser_predictor(transformer, schedule, compiled=False)(
+                latents, timesteps, classes
+            )
+            expected = training_dit.forward_at_depths(
+                transformer, latents, timesteps, classes, torch.tensor([4, 4, 1, 1])
+            )
         assert torch.equal(predicted, expected)
 
 
@@ -100,11 +104,16 @@ def test_shipped_schedule_halves_the_published_table() -> None:
 def test_early_exit_training_leaves_the_timestep_embedders_alone(
     transformer: DiTTransformer2DModel, tmp_path: Path
 ) -> None:
-    training.freeze_timestep_embedders(transformer)
+    training_dit.freeze_timestep_embedders(transformer)
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
     latents, labels = torch.randn(32, 4, 8, 8), torch.randint(36, (32,))
-    predict = training.denoiser_predictor(transformer, ExitSchedule("ase-demo"), compiled=False)
-    fit(transformer, training.denoiser_loss(predict, latents, labels, 8), LoopConfig(steps=2, warmup_steps=1), tmp_path)
+    predict = training_dit.denoiser_predictor(transformer, ExitSchedule("ase-demo"), compiled=False)
+    fit(
+        transformer,
+        training_dit.denoiser_loss(predict, latents, labels, 8),
+        LoopConfig(steps=2, warmup_steps=1),
+        tmp_path,
+    )
     changed = {name for name, value in transformer.state_dict().items() if not torch.equal(value, before[name])}
     assert not [name for name in changed if "timestep_embedder" in name]
     assert any("attn1" in name for name in changed)
@@ -114,10 +123,10 @@ def test_early_exit_training_leaves_the_timestep_embedders_alone(
 class TestFit:
     def _train(self, folder: Path, steps: int, stop_at: int | None = None) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        model = training.build_transformer(num_layers=2, num_attention_heads=2, attention_head_dim=8)
+        model = training_dit.build_transformer(num_layers=2, num_attention_heads=2, attention_head_dim=8)
         latents = torch.randn(32, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-        predict = training.denoiser_predictor(model, None, compiled=False)
-        loss = training.denoiser_loss(predict, latents, torch.arange(32), 8)
+        predict = training_dit.denoiser_predictor(model, None, compiled=False)
+        loss = training_dit.denoiser_loss(predict, latents, torch.arange(32), 8)
         fit(model, loss, LoopConfig(steps=steps, warmup_steps=3, checkpoint_every=4), folder, stop_at=stop_at)
         return model.state_dict()
 
@@ -156,10 +165,10 @@ class TestFit:
 
 def test_one_label_in_ten_is_dropped_once_for_all_blocks(transformer: DiTTransformer2DModel) -> None:
     labels = torch.zeros(64, dtype=torch.long)
-    generator = torch.Generator().manual_seed(0)
-    _, _, _, classes = training.noisy_batch(torch.zeros(64, 4, 8, 8), labels, 20_000, generator)
-    share = (classes == training.NULL_CLASS).float().mean().item()
-    assert abs(share - training.CLASS_DROPOUT) < 0.01  # 5 standard errors
+    condition = training_dit.class_condition(labels)
+    classes = condition(torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0))
+    share = (classes == training_dit.NULL_CLASS).float().mean().item()
+    assert abs(share - training_dit.CLASS_DROPOUT) < 0.01  # 5 standard errors
     latents, timesteps, _ = _inputs()
     transformer.train()  # diffusers' own dropout would act in this mode
     first, second = (
@@ -198,19 +207,19 @@ def test_normalized_latents_have_unit_variance_and_the_same_reconstructions(vae:
 def test_export_is_a_half_precision_folder_that_samples(
     transformer: DiTTransformer2DModel, vae: AutoencoderKL, tmp_path: Path
 ) -> None:
-    train.export_pipeline(transformer, vae, tmp_path / "model")
+    export.export_dit(transformer, vae, tmp_path / "model")
     assert next(transformer.parameters()).dtype == torch.float32
     pipe = DiTPipeline.from_pretrained(tmp_path / "model")
     pipe.set_progress_bar_config(disable=True)
     assert pipe.labels == {character: index for index, character in enumerate(data.CHARACTERS)}
     for name, value in pipe.transformer.state_dict().items():
         assert torch.equal(value, transformer.state_dict()[name].half().float()), name
-    train.export_pipeline(pipe.transformer, pipe.vae, tmp_path / "again")  # models that know where they came from
+    export.export_dit(pipe.transformer, pipe.vae, tmp_path / "again")  # models that know where they came from
     assert not [file for file in (tmp_path / "again").rglob("*.json") if str(tmp_path) in file.read_text()]
     images = pipe(class_labels=[3, 5], num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 32, 32, 3)
 
 
 def test_command_names_the_stage_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"fastdiff\.zoo\.train vae"):
+    with pytest.raises(SystemExit, match=r"fastdiff\.zoo\.train dit"):
         train.main(["export", "--work", str(tmp_path / "empty"), "--out", str(tmp_path / "out")])
