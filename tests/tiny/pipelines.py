@@ -1,20 +1,14 @@
-"""Tiny diffusers pipelines: seeded random weights, no tokenizer and no text encoder, nothing downloaded."""
+"""Tiny pipelines of transformers: seeded random weights, no tokenizer and no text encoder, nothing downloaded."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import torch
 from diffusers import (
-    AutoencoderKL,
     CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMScheduler,
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
@@ -22,119 +16,11 @@ from diffusers import (
 )
 from torch import nn
 
-from .base import HEIGHT, TEXT_DIM, TEXT_TOKENS, Draw, build
+from .base import HEIGHT, TEXT_TOKENS, build
 from .joint import FLUX
 from .models import TINY_MODELS
+from .pipeline_base import CLASSES, PIXELS, Call, TinyPipeline, pipeline, vae
 from .video import WAN
-
-PIXELS = 8 * HEIGHT
-CLASSES = 10
-POOLED_DIM = 24
-PROMPT_SEED = 1000
-"""Added to a call's seed for its prompts, which would otherwise equal its noise."""
-
-
-@dataclass(frozen=True)
-class TinyPipeline:
-    """One pipeline at a size that samples in well under a second on a CPU.
-
-    Attributes:
-        name: Key in `TINY_PIPELINES`; the class name, with a word on the variant where there are several.
-        build: Returns the pipeline: seeded, float32, CPU, progress bar off.
-        inputs: `(batch=1, steps=4, guidance=True, seed=0, **overrides)` to the keyword arguments of a call. They
-            hold a fresh generator, so draw them anew for every call.
-    """
-
-    name: str
-    build: Callable[[], DiffusionPipeline]
-    inputs: Callable[..., dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """What the arguments of one pipeline call are drawn for."""
-
-    draw: Draw
-    batch: int
-    guidance: bool
-
-    def embeds(self, *shape: int) -> torch.Tensor:
-        """Returns one conditioning tensor per item, of shape `(batch, *shape)`."""
-        return self.draw(self.batch, *shape)
-
-    def named(self, *names: str) -> list[str]:
-        """Returns the names and, where guidance is on, their `negative_` counterparts."""
-        prefixes = ("", "negative_") if self.guidance else ("",)
-        return [prefix + name for prefix in prefixes for name in names]
-
-    def prompt(self, scale: float, argument: str = "guidance_scale") -> dict[str, Any]:
-        """Returns prompt embeddings, and negative ones where guidance is on."""
-        embeds = {name: self.embeds(TEXT_TOKENS, TEXT_DIM) for name in self.named("prompt_embeds")}
-        return embeds | {argument: scale if self.guidance else 1.0}
-
-    def pooled(self) -> dict[str, Any]:
-        """Returns pooled prompt embeddings, and negative ones where guidance is on."""
-        return {name: self.embeds(POOLED_DIM) for name in self.named("pooled_prompt_embeds")}
-
-    def masks(self, *names: str, tokens: int = TEXT_TOKENS) -> dict[str, Any]:
-        """Returns all-ones masks: the named ones and, where guidance is on, their `negative_` counterparts."""
-        return {name: torch.ones(self.batch, tokens) for name in self.named(*names)}
-
-    def image(self) -> torch.Tensor:
-        """Returns images in `[0, 1]`, of shape `(batch, 3, PIXELS, PIXELS)`."""
-        return self.embeds(3, PIXELS, PIXELS).sigmoid()
-
-
-def pipeline(
-    class_name: str,
-    components: Callable[[], dict[str, Any]],
-    arguments: Callable[[Call], dict[str, Any]],
-    variant: str = "",
-) -> TinyPipeline:
-    """Returns the entry of a diffusers pipeline class.
-
-    Args:
-        class_name: Name of the class.
-        components: Returns the constructor's arguments; required ones that it leaves out are None.
-        arguments: The call's arguments beside steps, generator and output type.
-        variant: Distinguishes several entries of one class.
-    """
-
-    def build_pipeline() -> DiffusionPipeline:
-        cls = getattr(diffusers, class_name)
-        required = [p.name for p in inspect.signature(cls.__init__).parameters.values() if p.default is p.empty]
-        pipe = cls(**(dict.fromkeys(required[1:]) | components()))
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def inputs(
-        batch: int = 1, steps: int = 4, guidance: bool = True, seed: int = 0, **overrides: Any
-    ) -> dict[str, Any]:
-        call = {
-            "num_inference_steps": steps,
-            "generator": torch.Generator().manual_seed(seed),
-            "output_type": "latent",
-        }
-        prompts = Draw(PROMPT_SEED + seed)
-        return call | arguments(Call(prompts, batch, guidance)) | overrides
-
-    name = f"{class_name} ({variant})" if variant else class_name
-    return TinyPipeline(name, build_pipeline, inputs)
-
-
-def vae() -> AutoencoderKL:
-    """Returns an autoencoder of 4 latent channels that halves an image three times."""
-    config = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (4, 4, 4, 4),
-        "norm_num_groups": 2,
-        "latent_channels": 4,
-        "sample_size": PIXELS,
-        "scaling_factor": 1.0,
-        "shift_factor": 0.0,
-    }
-    return build(AutoencoderKL, config)
 
 
 def transformer(name: str) -> nn.Module:
@@ -244,7 +130,6 @@ def _hunyuan_dit() -> dict[str, Any]:
         "transformer": transformer("HunyuanDiT2DModel"),
         "vae": vae(),
         "scheduler": scheduler,
-        "requires_safety_checker": False,
     }
 
 
@@ -355,7 +240,9 @@ _ENTRIES = [
     pipeline("PixArtAlphaPipeline", _pixart, _unbinned_call),
     pipeline("PixArtSigmaPipeline", _pixart, _unbinned_call),
     pipeline("WanPipeline", _wan, _wan_call),
-    pipeline("WanPipeline", _wan_two_experts, _wan_call, variant="two experts"),
+    pipeline(
+        "WanPipeline", _wan_two_experts, _wan_call, variant="two experts", denoisers=("transformer", "transformer_2")
+    ),
     pipeline("SanaPipeline", _sana, _sana_call),
     pipeline("Lumina2Pipeline", _lumina2, _bool_masked_call),
     pipeline("AuraFlowPipeline", _aura_flow, _masked_call),
