@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, DiTPipelin
 from tqdm import tqdm
 
 from .captions import caption_sequence
-from .data import CHARACTERS, IMAGE_SIZE, batches
+from .data import CHARACTERS, IMAGE_SIZE, batches, color_pairs, render_many
 from .reader import GlyphReader
 
 HELD_OUT_SEED = 2
@@ -165,6 +165,27 @@ def share_read(reader: GlyphReader, images: torch.Tensor, asked: Asked) -> float
         asked: one character for each image; or character, foreground and background; or None where nothing was asked.
     """
     return reader(images).as_asked(None if asked is None else torch.as_tensor(asked)).float().mean().item()
+
+
+def chimeras(count: int, seed: int = HELD_OUT_SEED) -> np.ndarray:
+    """Images that show no character, to hold `GlyphReaderOutput.legible` to account.
+
+    Each is the upper half of one glyph over the lower half of another of the same colours.
+
+    Args:
+        count: number of images, at most a few thousand.
+        seed: the stream that the halves come from.
+
+    Returns:
+        uint8 (count, 32, 32, 3).
+    """
+    images, labels = render_many(seed, 0, 2 * count + 2 * len(color_pairs()))
+    character, _, fore, back = labels.T
+    order = np.lexsort((fore, back))
+    upper, lower = order[:-1], order[1:]
+    fit = (fore[upper] == fore[lower]) & (back[upper] == back[lower]) & (character[upper] != character[lower])
+    half = IMAGE_SIZE // 2
+    return np.concatenate([images[upper[fit]][:, :half], images[lower[fit]][:, half:]], axis=1)[:count]
 
 
 @torch.no_grad()
