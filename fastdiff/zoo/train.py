@@ -144,7 +144,7 @@ def _ddpm(args: argparse.Namespace) -> None:
     images, _ = _images(args)
     torch.manual_seed(args.seed)
     unet = training_unet.build_pixel_unet()
-    config = LoopConfig(args.steps, seed=args.seed, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
+    config = LoopConfig(args.steps, seed=args.seed, learning_rate=8e-4, warmup_steps=300, ema_decay=0.9995)
     fit(unet, training_unet.pixel_loss(unet, images, args.batch_size), config, args.work / "ddpm")
     unet.save_pretrained(args.work / "ddpm" / "model")
 
@@ -238,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     dit = add("dit", _dit, "train the denoiser", 16_000)
     ase = add("ase", _ase, "fine-tune the denoiser to exit early under the schedule ase-demo", 5000)
     add("sd", _sd, "train the text-to-image UNet with its text encoder", 10_500, 64)
-    add("ddpm", _ddpm, "train the unconditional UNet", 12_000, 32)
+    add("ddpm", _ddpm, "train the unconditional UNet", 10_500, 32)
     for command in (dit, ase):
         command.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
     exported = add("export", _export, "write plain diffusers folders in float16")
