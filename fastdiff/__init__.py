@@ -22,7 +22,7 @@ from fastdiff.errors import (
 
 if TYPE_CHECKING:
     from fastdiff.engine import sampling_run
-    from fastdiff.methods import ExitSchedule, FeatureInheritance, LayerSkipping
+    from fastdiff.methods import EncoderPropagation, ExitSchedule, FeatureInheritance, LayerSkipping
     from fastdiff.pipelines import FastDiffPipeline, disable, disabled, enable, is_enabled
     from fastdiff.plan import Action, ComputePlan
 
@@ -32,6 +32,7 @@ __all__ = [
     "Action",
     "ComputePlan",
     "ConfigError",
+    "EncoderPropagation",
     "ExitSchedule",
     "FastDiffError",
     "FastDiffNoEffectWarning",
@@ -53,6 +54,7 @@ __all__ = [
 _LAZY = {
     "Action": "fastdiff.plan",
     "ComputePlan": "fastdiff.plan",
+    "EncoderPropagation": "fastdiff.methods",
     "ExitSchedule": "fastdiff.methods",
     "FeatureInheritance": "fastdiff.methods",
     "LayerSkipping": "fastdiff.methods",

@@ -102,7 +102,7 @@ def measure(backbone: Backbone, arguments: Mapping[str, Any], repeats: int = 5) 
         repeats: timed evaluations, after one to warm up; the median is taken.
     """
     known = _measured.setdefault(backbone.denoiser, {})
-    layout = _layout(arguments)
+    layout = backbone.level, _layout(arguments)
     if layout not in known:
         macs, fixed_macs = count_macs(backbone, arguments)
         latency, fixed_latency = time_units(backbone, arguments, repeats)

@@ -55,8 +55,11 @@ class UnitTraits:
         name: dotted path of the unit in the denoiser, e.g. ``"transformer_blocks.3"``.
         same_shape: whether the output has the input's shape, so that the unit can be passed through.
         can_exit: whether an exit head can read the hidden state that enters this unit.
-        reuse: ``"residual"`` if reuse adds ``h_out - h_in`` to the fresh input, ``"output"`` if it replaces the output.
+        reuse: what reuse takes from an earlier evaluation. ``"residual"``: ``h_out - h_in``, added to the fresh input.
+            ``"output"``: the output, so that what comes before need not run. ``"branch"``: the output too, of a module
+            whose caller adds it to the fresh hidden state.
         reads: names of earlier units, other than the one before, whose outputs this unit reads (long skips).
+        is_output: whether the denoiser's own output is read here; that of the last unit always is.
     """
 
     name: str
@@ -64,6 +67,7 @@ class UnitTraits:
     can_exit: bool = True
     reuse: str = "residual"
     reads: tuple[str, ...] = ()
+    is_output: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +77,14 @@ class ComputePlan:
     Args:
         table: integer array of shape ``(evaluations, units)`` with `Action` values; kept as read-only int8.
         units: the column names, in execution order.
-        meta: JSON-compatible facts about where the plan comes from (denoiser class, timesteps, methods, ...).
+        meta: JSON-compatible facts about where the plan comes from (denoiser class, timesteps, methods, ...), and how
+            it is carried out: ``forecast_order``, ``replaced`` (names of units whose whole output is reused where
+            their residual could be), ``parallel`` (rows that do not read the sample run as one batch with the row
+            they reuse) and ``max_parallel`` (rows in such a batch, at most).
 
     Raises:
         PlanError: if the table is not two-dimensional, is empty, does not match ``units``, or has unknown actions, or
-            if ``meta["forecast_order"]`` is no degree of a polynomial.
+            if ``meta`` says what cannot be carried out.
     """
 
     table: np.ndarray
@@ -98,14 +105,23 @@ class ComputePlan:
         if not np.isin(table, [int(action) for action in Action]).all():
             names = ", ".join(f"{action.value}={action.name}" for action in Action)
             raise PlanError(f"The table holds values that are no action; the actions are {names}.")
-        order = self.meta.get("forecast_order", 1)
-        if not isinstance(order, int) or isinstance(order, bool) or order < 1:
-            raise PlanError(f"A plan's forecast_order is a whole number from 1; got {order!r}.")
+        self._check_meta()
         table = table.astype(np.int8)
         table.setflags(write=False)
         object.__setattr__(self, "table", table)
         object.__setattr__(self, "units", tuple(self.units))
         object.__setattr__(self, "meta", dict(self.meta))
+
+    def _check_meta(self) -> None:
+        for name in ("forecast_order", "max_parallel"):
+            value = self.meta.get(name, 1)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlanError(f"A plan's {name} is a whole number from 1; got {value!r}.")
+        if not isinstance(self.meta.get("parallel", False), bool):
+            raise PlanError(f"A plan is parallel or not, True or False; got {self.meta['parallel']!r}.")
+        replaced = self.meta.get("replaced", ())
+        if not isinstance(replaced, (list, tuple)) or not set(replaced) <= set(self.units):
+            raise PlanError(f"A plan's replaced units are a list of its units; got {replaced!r}.")
 
     @classmethod
     def full(cls, evaluations: int, units: Sequence[str], **meta: Any) -> ComputePlan:
@@ -143,6 +159,11 @@ class ComputePlan:
     def forecast_order(self) -> int:
         """Degree of the polynomial that `Action.FORECAST` cells extrapolate with."""
         return self.meta.get("forecast_order", 1)
+
+    def reuse_kinds(self, traits: Sequence[UnitTraits]) -> tuple[str, ...]:
+        """What reuse takes of each unit: its own kind, or ``"output"`` where the plan says so (``replaced``)."""
+        replaced = self.meta.get("replaced", ())
+        return tuple("output" if trait.name in replaced else trait.reuse for trait in traits)
 
     def sources(self, row: int, column: int) -> tuple[int, ...]:
         """The rows whose computed value a reading cell uses, newest first; fewer than asked near the start."""
@@ -219,8 +240,8 @@ class ComputePlan:
             if other.evaluations != self.evaluations:
                 raise PlanError(f"Plans of {self.evaluations} and {other.evaluations} evaluations cannot be merged.")
             table = np.maximum(table, other.table)
-            methods = [*meta.get("methods", []), *other.meta.get("methods", [])]
-            meta = {**meta, **other.meta, **({"methods": methods} if methods else {})}
+            lists = {name: [*meta.get(name, []), *other.meta.get(name, [])] for name in ("methods", "replaced")}
+            meta = {**meta, **other.meta, **{name: both for name, both in lists.items() if both}}
         return ComputePlan(_compute_orphans(table), self.units, meta)
 
     def prune(self, traits: Sequence[UnitTraits]) -> ComputePlan:
@@ -231,15 +252,17 @@ class ComputePlan:
     def _is_read(self, traits: Sequence[UnitTraits]) -> np.ndarray:
         """Which cells' results somebody reads, a boolean array of the table's shape."""
         column = {name: index for index, name in enumerate(self.units)}
+        kinds = self.reuse_kinds(traits)
         is_read = np.zeros(self.table.shape, dtype=bool)
-        is_read[:, -1] = True  # by the output head
+        is_read[:, -1] = True
+        is_read[:, [trait.is_output for trait in traits]] = True
         for row, index in reversed(list(np.ndindex(self.table.shape))):
             action = self.table[row, index]
             if not is_read[row, index] or action == Action.DROP:
                 continue
             if action in READS_CACHE:
                 is_read[list(self.sources(row, index)), index] = True
-                if traits[index].reuse == "output":
+                if kinds[index] == "output":
                     continue
             if index > 0:
                 is_read[row, index - 1] = True

@@ -15,7 +15,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
-from fastdiff.backbones import Backbone, unwrap, view
+from fastdiff.backbones import Backbone, is_control, unwrap, view
 from fastdiff.engine.clock import Grid
 from fastdiff.engine.hooks import InstalledHooks
 from fastdiff.engine.record import RunRecord
@@ -29,7 +29,7 @@ from fastdiff.errors import (
     UnsupportedPipelineError,
 )
 from fastdiff.methods import FeatureInheritance, Method, PlanRequest, as_methods
-from fastdiff.methods.base import make_planner
+from fastdiff.methods.base import level_of, make_planner
 from fastdiff.plan import ComputePlan, write_json
 
 if TYPE_CHECKING:
@@ -40,8 +40,11 @@ if TYPE_CHECKING:
 CONFIG_NAME = "fastdiff_config.json"
 SCHEMA_VERSION = 1
 
-DENOISERS = ("transformer", "transformer_2", "unet", "prior")
+DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
 """Pipeline components that predict noise; those of a supported class are accelerated."""
+
+CONTROL = "controlnet"
+"""The component that methods for encoders accelerate too, where it is of a supported class."""
 
 FEW_EVALUATIONS = 9
 """Presets compute shorter calls in full, as distilled models make them: their evaluations have little in common."""
@@ -106,6 +109,14 @@ class Acceleration:
         components = {name: getattr(self._pipe, name, None) for name in DENOISERS}
         return {name: module for name, module in components.items() if isinstance(module, nn.Module)}
 
+    def _modules(self) -> dict[str, nn.Module]:
+        """The denoisers, and what prepares their encoders if a method accelerates that."""
+        control = getattr(self._pipe, CONTROL, None)
+        wanted = any(method.accelerates_control for method in self.methods)
+        if wanted and isinstance(control, nn.Module) and is_control(unwrap(control)):
+            return {**self._denoisers(), CONTROL: control}
+        return self._denoisers()
+
     def _install(self) -> None:
         """Put hooks on the pipeline's present denoisers: on all that are supported, or on none."""
         self.remove()
@@ -117,12 +128,12 @@ class Acceleration:
             )
         backbones: dict[str, Backbone] = {}
         unsupported: list[UnsupportedBackboneError] = []
-        for name, module in denoisers.items():
+        for name, module in self._modules().items():
             try:
-                backbones[name] = view(module)
+                backbones[name] = view(module, level_of(self.methods))
             except UnsupportedBackboneError as error:  # noqa: PERF203 - a pipeline has two denoisers at most
                 unsupported.append(error)
-        if not backbones:
+        if not any(name in backbones for name in denoisers):
             raise unsupported[0]
         try:
             for name, backbone in backbones.items():
@@ -133,7 +144,7 @@ class Acceleration:
 
     def _follow_components(self) -> None:
         """Install the hooks anew if a denoiser was replaced or lost them."""
-        present = {name: unwrap(module) for name, module in self._denoisers().items()}
+        present = {name: unwrap(module) for name, module in self._modules().items()}
         in_place = (
             present.get(name) is hooks.backbone.denoiser and hooks.in_place for name, hooks in self._hooks.items()
         )
@@ -162,7 +173,7 @@ class Acceleration:
         if self._run is not None:
             raise StateError("This pipeline is sampling already; load a second pipeline to sample at the same time.")
         self._follow_components()
-        modules = self._denoisers()
+        modules = self._modules()
         denoisers = {name: (modules[name], hooks) for name, hooks in self._hooks.items()}
         run = SamplingRun(denoisers, [self._pipe.scheduler], self.methods)
         self._run, self.last_run = run, run.record

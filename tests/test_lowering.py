@@ -57,9 +57,11 @@ def test_exactly_what_a_later_row_reads_is_kept_until_its_last_reader(data: st.D
     assert plan == ComputePlan(table, names(units), plan.meta).prune(traits)
 
     last_reader: dict[Any, int] = {}
+    alone = [None if kind == "residual" else unit for unit, kind in enumerate(plan.reuse_kinds(traits))]
+    assert program.residual == tuple(unit is None for unit in alone)
     for row in range(rows):
         kinds = [
-            (Action(plan.table[row, unit]), segments[unit], plan.sources(row, unit)) if cell in READS_CACHE else None
+            (Action(cell), segments[unit], plan.sources(row, unit), alone[unit]) if cell in READS_CACHE else None
             for unit, cell in enumerate(plan.table[row])
         ]
         covered = [unit for reading in program.readings[row] for unit in range(reading.run.first, reading.run.last + 1)]

@@ -231,8 +231,9 @@ def test_inheriting_before_the_shallowest_stages_of_a_unet(shallowest: int, aliv
     assert row[units.index(inherited)] == R
 
 
-def outputs(table: np.ndarray, plan: ComputePlan, traits: list[UnitTraits], lost: tuple[int, int] | None) -> list[int]:
-    """What each row hands to the output head, computed on symbols; ``lost`` replaces one cell's result."""
+def outputs(table: np.ndarray, plan: ComputePlan, traits: list[UnitTraits], lost: tuple[int, int] | None) -> list[Any]:
+    """What each row hands to its reader, computed on symbols; ``lost`` replaces one cell's result."""
+    kinds = plan.reuse_kinds(traits)
     column = {trait.name: index for index, trait in enumerate(traits)}
     values: dict[tuple[int, int], int] = {}
     for row, unit in np.ndindex(table.shape):
@@ -241,11 +242,12 @@ def outputs(table: np.ndarray, plan: ComputePlan, traits: list[UnitTraits], lost
         if table[row, unit] == C:
             value = hash((unit, before, tuple(values[row, column[name]] for name in traits[unit].reads)))
         elif table[row, unit] in READS_CACHE:
-            value = hash((kept, before if traits[unit].reuse == "residual" else None))
+            value = hash((kept, None if kinds[unit] == "output" else before))
         else:
             value = before
         values[row, unit] = value if (row, unit) != lost else hash("lost")
-    return [values[row, table.shape[1] - 1] for row in range(table.shape[0])]
+    read = [unit for unit, trait in enumerate(traits) if trait.is_output or unit == len(traits) - 1]
+    return [[values[row, unit] for unit in read] for row in range(table.shape[0])]
 
 
 @given(st.data())
@@ -253,7 +255,9 @@ def outputs(table: np.ndarray, plan: ComputePlan, traits: list[UnitTraits], lost
 def test_exactly_the_cells_nobody_reads_are_dropped(data: st.DataObject) -> None:
     table = data.draw(tables())
     traits = data.draw(networks(table.shape[1]))
-    plan = ComputePlan(table, names(table.shape[1]), {"forecast_order": data.draw(st.integers(1, 3))})
+    units = names(table.shape[1])
+    replaced = data.draw(st.lists(st.sampled_from(units), unique=True))
+    plan = ComputePlan(table, units, {"forecast_order": data.draw(st.integers(1, 3)), "replaced": replaced})
     result = plan.prune(traits)
     whole = outputs(table, plan, traits, None)
     for cell in np.ndindex(table.shape):

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastdiff.backbones.base import Backbone, BlockIO, Unit
+from fastdiff.backbones.base import Backbone, BlockIO, SkipSite, Unit
 from fastdiff.backbones.transformer import register_block, transformer_backbone
+from fastdiff.backbones.unet import control_backbone, is_control, is_unet, unet_backbone
+from fastdiff.errors import ConfigError
 
-__all__ = ["Backbone", "BlockIO", "Unit", "register_block", "unwrap", "view"]
+__all__ = ["LEVELS", "Backbone", "BlockIO", "SkipSite", "Unit", "is_control", "register_block", "unwrap", "view"]
+
+LEVELS = ("layer", "branch")
+"""How finely a denoiser can be seen; transformers are seen by blocks at either."""
 
 
 def unwrap(denoiser: nn.Module) -> nn.Module:
@@ -15,13 +20,23 @@ def unwrap(denoiser: nn.Module) -> nn.Module:
     return getattr(denoiser, "_orig_mod", denoiser)
 
 
-def view(denoiser: nn.Module) -> Backbone:
+def view(denoiser: nn.Module, level: str = "layer") -> Backbone:
     """See a denoiser as a sequence of units.
 
     Args:
-        denoiser: a diffusers transformer, or any module whose blocks are known (see `register_block`).
+        denoiser: a diffusers transformer, UNet or ControlNet, or any module whose blocks are known (see
+            `register_block`).
+        level: how finely a UNet is seen: ``"layer"`` or ``"branch"``.
 
     Raises:
         UnsupportedBackboneError: naming the class and what is missing.
+        ConfigError: for another level.
     """
-    return transformer_backbone(unwrap(denoiser))
+    if level not in LEVELS:
+        raise ConfigError(f"A denoiser is seen at the level {' or '.join(map(repr, LEVELS))}; got {level!r}.")
+    module = unwrap(denoiser)
+    if is_control(module):
+        return control_backbone(module)
+    if is_unet(module):
+        return unet_backbone(module, level)
+    return transformer_backbone(module)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastdiff.errors import UnsupportedBackboneError
@@ -73,23 +74,56 @@ class Unit:
 
     Args:
         module: the block itself.
-        io: where its streams are.
+        io: where its streams are; None for a module that only ever hands over its whole output.
         traits: name and abilities, as validation and pruning see them.
         segment: units of one segment follow each other with nothing but residual additions between them, so that one
             residual can stand for a run of them.
-        fragile: whether the denoiser may write into what the unit returns, so that its input is copied to be kept.
+        fragile: whether the denoiser may write into what the unit returns, so that it is copied to be kept.
+        shortcut: what the unit adds its residual to, as a function of its input; the input itself if None.
     """
 
     module: nn.Module
-    io: BlockIO
+    io: BlockIO | None
     traits: UnitTraits
     segment: int = 0
     fragile: bool = False
+    shortcut: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def name(self) -> str:
         """Dotted path in the denoiser."""
         return self.traits.name
+
+    @property
+    def stage(self) -> str:
+        """The part of the denoiser that the unit belongs to: ``"down_blocks.0"``, ``"mid_block"``, ``"conv_in"``."""
+        parts = self.name.split(".")
+        return ".".join(parts[:2]) if parts[1:2] and parts[1].isdigit() else parts[0]
+
+    @property
+    def layer(self) -> str:
+        """The layer of its stage that the unit belongs to, ``"up_blocks.0.1"``; samplers are in none of the layers."""
+        parts = self.name.removeprefix(self.stage).split(".")
+        if parts[-1:] == [""] or len(parts) < 3:
+            return self.stage
+        return f"{self.stage}.{'samplers' if parts[1].endswith('samplers') else parts[2]}"
+
+
+@dataclass(frozen=True)
+class SkipSite:
+    """A module that is handed long skip connections.
+
+    Args:
+        module: the up block.
+        argument: name of the forward parameter that carries them, a tensor or a tuple of which the last is read first.
+        position: its place among the positional arguments.
+        skips: numbers of the skips in the tuple's order, counted from the first that the encoder makes.
+    """
+
+    module: nn.Module
+    argument: str
+    position: int
+    skips: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -99,10 +133,19 @@ class Backbone:
     Args:
         denoiser: the module whose forward makes one prediction.
         units: its blocks; one column of a plan each.
+        level: how finely it is seen, ``"layer"`` or ``"branch"``.
+        encoded: names of the units whose outputs are all that a decoder reads of the sample: the long skips in the
+            order in which they are made, then the bottleneck. Empty where there is no encoder and decoder.
+        skip_sites: where the long skips are read, in execution order.
+        is_control: whether it only prepares what another denoiser's encoder adds, as ControlNets do.
     """
 
     denoiser: nn.Module
     units: tuple[Unit, ...]
+    level: str = "layer"
+    encoded: tuple[str, ...] = ()
+    skip_sites: tuple[SkipSite, ...] = ()
+    is_control: bool = False
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,3 +165,8 @@ class Backbone:
     def segments(self) -> tuple[int, ...]:
         """Segment of each unit."""
         return tuple(unit.segment for unit in self.units)
+
+    @property
+    def skips(self) -> int:
+        """Number of long skip connections."""
+        return sum(len(site.skips) for site in self.skip_sites)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,27 +22,35 @@ class Grid:
         log_snr: log of the signal-to-noise power ratio at each of them, same shape; NaN where unknown.
         training_steps: length of the training grid that timesteps are counted on, e.g. 1000.
         in_training_units: False where the scheduler's timesteps are some other function of the noise level.
+        given: the scheduler's own tensor of timesteps, whose entries it hands to the denoiser; None without scheduler.
+        order: evaluations that the scheduler makes for one step.
     """
 
     timesteps: np.ndarray
     log_snr: np.ndarray
     training_steps: int
     in_training_units: bool
+    given: torch.Tensor | None = None
+    order: int = 1
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def since(self, first: int) -> Grid:
         """The grid from evaluation ``first`` on."""
-        return Grid(self.timesteps[first:], self.log_snr[first:], self.training_steps, self.in_training_units)
+        given = None if self.given is None else self.given[first:]
+        parts = {"timesteps": self.timesteps[first:], "log_snr": self.log_snr[first:], "given": given}
+        return dataclasses.replace(self, **parts)
 
     @classmethod
     def of(cls, scheduler: Any) -> Grid:
         """Read a scheduler's grid after its ``set_timesteps``; one device transfer."""
-        timesteps = torch.as_tensor(scheduler.timesteps).detach().cpu().double().numpy()
+        given = torch.as_tensor(scheduler.timesteps).detach()
+        timesteps = given.cpu().double().numpy()
         training_steps = int(_config(scheduler).get("num_train_timesteps", 1000))
         preconditioned = "sigma_data" in _config(scheduler)  # EDM: timesteps are a function of log sigma
-        return cls(timesteps, _log_snr(scheduler, timesteps, training_steps), training_steps, not preconditioned)
+        log_snr = _log_snr(scheduler, timesteps, training_steps)
+        return cls(timesteps, log_snr, training_steps, not preconditioned, given, getattr(scheduler, "order", 1))
 
 
 def _log_snr(scheduler: Any, timesteps: np.ndarray, training_steps: int) -> np.ndarray:
@@ -64,22 +74,30 @@ def _config(scheduler: Any) -> Mapping[str, Any]:
     return getattr(scheduler, "config", None) or {}
 
 
+class LatentEdit(Protocol):
+    """Changes the latents between evaluations, wherever the pipeline keeps them."""
+
+    def before_step(self, row: int, rows: int, sample: torch.Tensor) -> torch.Tensor:
+        """The sample that the scheduler's step of row ``row`` of ``rows`` starts from."""
+
+    def after_step(self, row: int, rows: int, sample: torch.Tensor) -> torch.Tensor:
+        """The sample that it ends with."""
+
+
 class _Watched:
-    """A scheduler's method that tells somebody when it returns."""
+    """A scheduler's method that is called by somebody else."""
 
     def __init__(
-        self, scheduler: Any, name: str, then: Callable[[], None], of_copy: Callable[[Any, str], Callable[..., Any]]
+        self, scheduler: Any, name: str, call: Callable[..., Any], of_copy: Callable[[Any, str], Callable[..., Any]]
     ) -> None:
         functools.update_wrapper(self, getattr(scheduler, name), updated=())  # pipelines inspect the signature
         self._scheduler = scheduler
         self._name = name
-        self._then = then
+        self._call = call
         self._of_copy = of_copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.__wrapped__(*args, **kwargs)  # type: ignore[attr-defined]
-        self._then()
-        return result
+        return self._call(self.__wrapped__, *args, **kwargs)  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._scheduler))
@@ -97,14 +115,19 @@ class StepClock:
     Args:
         on_tick: called after every tick.
         on_start: called whenever a new grid was set.
+        edit: changes the latents between evaluations.
     """
 
-    def __init__(self, on_tick: Callable[[], None], on_start: Callable[[], None]) -> None:
+    def __init__(
+        self, on_tick: Callable[[], None], on_start: Callable[[], None], edit: LatentEdit | None = None
+    ) -> None:
         self.grid: Grid | None = None
         self.evaluation = 0
+        self.first = 0
         self.in_evaluation = False
         self._on_tick = on_tick
         self._on_start = on_start
+        self._edit = edit
         self._attached: list[tuple[Any, dict[str, Any]]] = []  # schedulers with what they carried of their own
 
     def attach(self, scheduler: Any) -> None:
@@ -113,16 +136,34 @@ class StepClock:
         self._attached.append((scheduler, own))
         set_grid = functools.partial(self._set_grid, scheduler)
         scheduler.set_timesteps = _Watched(scheduler, "set_timesteps", set_grid, self._method_of_copy)
-        scheduler.step = _Watched(scheduler, "step", self.tick, self._method_of_copy)
+        scheduler.step = _Watched(scheduler, "step", self._step, self._method_of_copy)
 
-    def _set_grid(self, scheduler: Any) -> None:
+    def _set_grid(self, scheduler: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
         self.start(Grid.of(scheduler))
+        return result
+
+    def _step(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = self._edited(self._edit, method, *args, **kwargs) if self._edit else method(*args, **kwargs)
+        self.tick()
+        return result
+
+    def _edited(self, edit: LatentEdit, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A step of the scheduler from an edited sample to an edited sample."""
+        row, rows = self.evaluation - self.first, len(self.grid or ()) - self.first
+        call = inspect.signature(method).bind(*args, **kwargs)
+        call.arguments["sample"] = edit.before_step(row, rows, call.arguments["sample"])
+        result = method(*call.args, **call.kwargs)
+        if isinstance(result, tuple):
+            return (edit.after_step(row, rows, result[0]), *result[1:])
+        result.prev_sample = edit.after_step(row, rows, result.prev_sample)
+        return result
 
     def _method_of_copy(self, copied: Any, name: str) -> Callable[..., Any]:
         """The method that a copy of a watched scheduler gets."""
         if name == "step":
             self._attached.append((copied, {}))
-            return _Watched(copied, "step", self.tick, self._method_of_copy)
+            return _Watched(copied, "step", self._step, self._method_of_copy)
         method: Callable[..., Any] = getattr(type(copied), name).__get__(copied)
         return method
 
@@ -137,7 +178,7 @@ class StepClock:
     def start(self, grid: Grid) -> None:
         """Begin at the first evaluation of a new grid."""
         self.grid = grid
-        self.evaluation = 0
+        self.evaluation = self.first = 0
         self.in_evaluation = False
         self._on_start()
 
@@ -150,7 +191,7 @@ class StepClock:
 
     def skip_to(self, evaluation: int) -> None:
         """Begin inside the grid."""
-        self.evaluation = evaluation
+        self.evaluation = self.first = evaluation
 
     def begin_index(self, timestep: Any) -> int | None:
         """Where on the grid a loop starts whose first denoiser call was given this timestep; None if unclear.

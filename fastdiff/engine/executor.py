@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fastdiff.backbones import unwrap
 from fastdiff.cost import measure
+from fastdiff.engine.batching import CONTROL, is_at, mixing_processor, room_for, stacked, taken_apart, timestep_name
 from fastdiff.engine.branches import Branch, BranchFinder
 from fastdiff.engine.clock import Grid, StepClock
 from fastdiff.engine.hooks import COMPUTE, Cell, InstalledHooks
-from fastdiff.engine.program import Key, Program, Residual, Reuse, lower
+from fastdiff.engine.kept import Kept, Reuse, Shape, tensors
+from fastdiff.engine.program import Batch, Key, Program, Reading, extrapolation_weights, lower
 from fastdiff.engine.record import Call, DenoiserRecord
 from fastdiff.methods.base import PlanRequest
 from fastdiff.plan import Action, ComputePlan
@@ -30,15 +33,33 @@ Planner = Callable[[PlanRequest], ComputePlan]
 
 
 class _BranchState:
-    """What one guidance branch keeps: residuals, and the layout of the sample they belong to."""
+    """What one guidance branch keeps, all for samples of one layout.
 
-    def __init__(self, layout: tuple[Any, ...]) -> None:
+    Args:
+        layout: shape, dtype and device of the sample.
+        units: number of units.
+    """
+
+    def __init__(self, layout: tuple[Any, ...], units: int) -> None:
         self.layout = layout
-        self.residuals: dict[Key, Residual] = {}
+        self.kept: dict[Key, Kept] = {}
+        self.shapes = [Shape() for _ in range(units)]
+        self.answers: dict[int, Any] = {}  # predictions made ahead of their rows
+        self.control: dict[str, Any] = {}  # what was added to the features that are kept
 
     def holds(self, key: Key) -> bool:
-        """Whether the residual was computed and not freed since."""
-        return key in self.residuals and self.residuals[key].value is not None
+        """Whether this was computed and not freed since."""
+        return key in self.kept and self.kept[key].value is not None
+
+    def held_control(self) -> dict[str, Any]:
+        """The control arguments as they were given; UNets empty the lists."""
+        return {name: list(value) if isinstance(value, list) else value for name, value in self.control.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        kept = sum(kept.nbytes for kept in self.kept.values())
+        return kept + sum(tensor.nbytes for tensor in tensors([list(self.answers.values()), self.control]))
 
 
 class Executor:
@@ -67,6 +88,7 @@ class Executor:
         self._heads = dict(exit_heads or {})
         self._signature = inspect.signature(type(self.backbone.denoiser).forward)
         self._attached: list[Callable[[], None]] = []
+        self._own_call = False
         self.restart()
 
     def restart(self) -> None:
@@ -75,18 +97,21 @@ class Executor:
         self._first_evaluation = 0
         self._branches: dict[Branch, _BranchState] = {}
         self._finder = BranchFinder()
+        self._answer: Callable[[], Any] | None = None
 
     # -- the sampling call -------------------------------------------------------------------------------------------
 
     def open(self, denoiser: nn.Module) -> None:
         """Start watching calls of the denoiser, compiled or not, from outside any compiled code."""
+        self._module = denoiser
         if getattr(denoiser, "_compiled_call_impl", None) is not None:
             self._watch_compiled(denoiser)
         else:
-            handle = denoiser.register_forward_pre_hook(
+            before = denoiser.register_forward_pre_hook(
                 lambda module, args, kwargs: self.before_call(args, kwargs), with_kwargs=True, prepend=True
             )
-            self._attached.append(handle.remove)
+            after = denoiser.register_forward_hook(lambda module, args, output: self.after_call(output), prepend=True)
+            self._attached += [before.remove, after.remove]
         self._watch_context(unwrap(denoiser))
         self._attached.append(_allow_graphs(GRAPHS))
 
@@ -102,8 +127,10 @@ class Executor:
         compiled: Callable[..., Any] = vars(denoiser)["_compiled_call_impl"]
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.before_call(args, kwargs)
-            return compiled(*args, **kwargs)
+            args, kwargs = self.before_call(args, kwargs) or (args, kwargs)
+            output = compiled(*args, **kwargs)
+            answer = self.after_call(output)
+            return output if answer is None else answer
 
         vars(denoiser)["_compiled_call_impl"] = call
         self._attached.append(lambda: vars(denoiser).update(_compiled_call_impl=compiled))
@@ -134,24 +161,57 @@ class Executor:
 
     # -- one denoiser call -------------------------------------------------------------------------------------------
 
-    def before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pick the row for the coming call and arm the units' hooks with it."""
+    def before_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
+        """Pick the row for the coming call and arm the units' hooks with it.
+
+        Returns:
+            Other arguments to call with; None to keep those given.
+        """
+        if self._own_call:
+            return None
         arguments = self._arguments(args, kwargs)
         if self._program is None and self._clock.grid is not None:
             self._start(self._clock.grid, arguments)
         self._clock.in_evaluation = True
+        self._answer = None
         branch = self._finder.find(self.context, arguments)
         state = self._state(branch, arguments)
         row = self._clock.evaluation - self._first_evaluation
         reason = self._reason_to_compute(row, state, arguments)
+        held = None
         if self._program is None or reason:
-            self.hooks.compute_all()
+            self.hooks.set_cells([self._computing(state, column) for column in range(len(self.backbone.units))])
             self.record.fallbacks[reason] += 1
             actions = [int(Action.COMPUTE)] * len(self.backbone.units)
         else:
-            self.hooks.set_cells(self._cells(self._program, row, state))
+            held = self._hold_control(self._program, row, state, arguments)
+            self._arm(self._program, row, state, arguments | (held or {}))
             actions = self._program.plan.table[row].tolist()
         self.record.calls.append(Call(self._clock.evaluation, branch, tuple(actions)))
+        return None if held is None else ((), arguments | held)
+
+    def after_call(self, output: Any) -> Any:
+        """What the call returns instead of ``output``; None if that is what was asked for."""
+        if self._own_call or self._answer is None:
+            return None
+        answer, self._answer = self._answer, None
+        return answer()
+
+    def _arm(self, program: Program, row: int, state: _BranchState, arguments: dict[str, Any]) -> None:
+        """Tell the units what to do in a row: their part of it, or nothing where the prediction is there already."""
+        if row in state.answers:
+            answer = state.answers.pop(row)
+            self._answer = lambda: answer
+            self.hooks.set_cells(self._idle(state))
+            return
+        batch = program.batches.get(row)
+        if batch is None or self._one_by_one(row, arguments):
+            self.hooks.set_cells(self._cells(program, row, state))
+            return
+        columns = program.encoding_columns(batch)
+        encoding = self._cells(program, row, state)[:columns] if columns else []
+        self.hooks.set_cells(encoding + self._idle(state)[columns:])
+        self._answer = functools.partial(self._decode, program, batch, state, arguments)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments by the names in the denoiser's forward."""
@@ -170,13 +230,18 @@ class Executor:
             return "more evaluations than the scheduler's grid has"
         if arguments.get("skip_layers"):
             return "the pipeline itself leaves out layers (skip_layers)"
+        if row in state.answers:
+            return "" if self._is_at(row, arguments) else "another timestep than the prediction was made for"
         if not all(state.holds(key) for reading in self._program.readings[row] for key in reading.sources):
             return "nothing kept to reuse for this branch and shape"
+        left_out = np.flatnonzero(self._program.plan.table[row] == Action.DROP)
+        if any(self._needs_shape[column] and state.shapes[column].like is None for column in left_out):
+            return "the units left out have not run in this shape before"
         return ""
 
     def _start(self, grid: Grid, arguments: Mapping[str, Any]) -> None:
         """Lower the methods for the evaluations from this denoiser's first call on."""
-        timestep = next((value for name, value in arguments.items() if name in ("timestep", "timesteps", "t")), None)
+        timestep = arguments.get(timestep_name(arguments) or "")
         if self._clock.evaluation == 0:
             self._clock.skip_to(self._clock.begin_index(timestep) or 0)
         self._first_evaluation = self._clock.evaluation
@@ -186,39 +251,130 @@ class Executor:
         self.hooks.compute_all()
         self.record.measure = functools.partial(measure, self.backbone, dict(arguments))
         request = PlanRequest(self.backbone, grid.since(self._first_evaluation), self.record.measure)
-        self._program = lower(self._planner(request), self.backbone)
-        self.record.plans.append(self._program.plan)
+        self._program = program = lower(self._planner(request), self.backbone)
+        self._grid = request.grid
+        left_out = (program.plan.table == Action.DROP).any(axis=0) | bool(program.batches)
+        self._needs_shape = [
+            bool(out) and not unit.traits.same_shape for out, unit in zip(left_out, self.backbone.units, strict=True)
+        ]
+        self._mixing = mixing_processor(self.backbone.denoiser.modules()) if program.batches else None
+        self.record.plans.append(program.plan)
 
     def _state(self, branch: Branch, arguments: Mapping[str, Any]) -> _BranchState:
         sample = _sample(arguments)
         layout = () if sample is None else (sample.shape, sample.dtype, sample.device)
         state = self._branches.get(branch)
         if state is None or state.layout != layout:
-            state = self._branches[branch] = _BranchState(layout)
+            state = self._branches[branch] = _BranchState(layout, len(self.backbone.units))
         return state
+
+    # -- cells -------------------------------------------------------------------------------------------------------
+
+    def _computing(self, state: _BranchState, column: int) -> Cell:
+        """A cell that runs its unit, and notes the output's shape where that will be needed and is not known."""
+        needed = self._program is not None and self._needs_shape[column] and state.shapes[column].like is None
+        return Cell(shape=state.shapes[column]) if needed else COMPUTE
+
+    def _leaving_out(self, state: _BranchState, column: int, evaluations: int = 1) -> Cell:
+        """A cell whose unit does not run and whose result nobody reads."""
+        shape = state.shapes[column] if self._needs_shape[column] else None
+        return Cell(compute=False, shape=shape, evaluations=evaluations)
+
+    def _idle(self, state: _BranchState) -> list[Cell]:
+        """Cells for a call in which nothing runs."""
+        return [self._leaving_out(state, column) for column in range(len(self.backbone.units))]
 
     def _cells(self, program: Program, row: int, state: _BranchState) -> list[Cell]:
         """What every unit does in a row, bound to what this branch keeps."""
-        exits = False
-        cells = []
-        for name, action in zip(self.backbone.names, program.plan.table[row], strict=True):
-            head = self._heads.get(name) if action == Action.EXIT and not exits else None
-            exits = action == Action.EXIT
-            cells.append(COMPUTE if action == Action.COMPUTE else Cell(compute=False, head=head))
+        cells = self._reading_cells(program, row, state, [row])
         for key in program.captures[row]:
-            residual = state.residuals[key] = Residual()
+            kept = state.kept[key] = Kept(program.residual[key.run.first])
             for column in {key.run.first, key.run.last}:
                 if cells[column] is COMPUTE:
                     cells[column] = Cell()
-                    cells[column].plain = False
-            cells[key.run.first].opens.append(residual)
-            cells[key.run.last].keeps.append(residual)
+            if kept.residual:
+                cells[key.run.first].opens.append(kept)
+            cells[key.run.last].keeps.append(kept)
+        return cells
+
+    def _reading_cells(self, program: Program, row: int, state: _BranchState, evaluations: list[int]) -> list[Cell]:
+        """What every unit does in a row, for several evaluations that do the same as one batch, without keeping."""
+        exits = False
+        cells = []
+        for column, action in enumerate(program.plan.table[row]):
+            if action == Action.COMPUTE:
+                cells.append(self._computing(state, column) if len(evaluations) == 1 else COMPUTE)
+            elif action == Action.DROP:
+                cells.append(self._leaving_out(state, column, len(evaluations)))
+            else:
+                first_exit = action == Action.EXIT and not exits
+                head = self._heads.get(self.backbone.names[column]) if first_exit else None
+                cells.append(Cell(compute=False, head=head))
+            exits = action == Action.EXIT
         for reading in program.readings[row]:
-            sources = tuple(state.residuals[key] for key in reading.sources)
-            reuse = Reuse(sources, _as_tensor(reading.weights))
-            cells[reading.run.first].opens.append(reuse)
+            sources = tuple(state.kept[key] for key in reading.sources)
+            reuse = Reuse(sources, _weights(reading, evaluations), len(evaluations))
+            if reuse.residual:
+                cells[reading.run.first].opens.append(reuse)
             cells[reading.run.last].reuse = reuse
         return cells
+
+    # -- several evaluations at once ---------------------------------------------------------------------------------
+
+    def _one_by_one(self, row: int, arguments: Mapping[str, Any]) -> bool:
+        """Whether a batch's rows are computed each in its own call; the record says why."""
+        reason = ""
+        if self._mixing:
+            reason = f"{self._mixing} may mix the samples of a batch"
+        elif not self._is_at(row, arguments):
+            reason = "the denoiser is not given the scheduler's own timesteps"
+        if reason:
+            self.record.one_by_one[reason] += 1
+        return bool(reason)
+
+    def _is_at(self, row: int, arguments: Mapping[str, Any]) -> bool:
+        return is_at(self._grid, row, arguments)
+
+    def _decode(self, program: Program, batch: Batch, state: _BranchState, arguments: dict[str, Any]) -> Any:
+        """Make the predictions of a batch's rows in as few calls as memory allows; returns the first."""
+        sample = _sample(arguments)
+        assert sample is not None
+        read = {key for reading in program.readings[batch.last] for key in reading.sources}
+        feature_bytes = sum(state.kept[key].nbytes for key in read)
+        room = program.plan.meta.get("max_parallel") or room_for(feature_bytes, sample.device)
+        arguments = arguments | state.held_control()
+        for start in range(0, len(batch.rows), room):
+            rows = list(batch.rows[start : start + room])
+            self.hooks.set_cells(self._reading_cells(program, batch.last, state, rows))
+            output = self._call(stacked(arguments, sample.shape[0], self._grid, rows))
+            state.answers.update(zip(rows, taken_apart(output, len(rows)), strict=True))
+            self.record.batches.append(len(rows))
+            self._note_bytes(len(rows) * feature_bytes)
+        for key in [key for key in state.kept if program.last_reader[key] <= batch.last]:
+            del state.kept[key]
+        return state.answers.pop(batch.first)
+
+    def _call(self, arguments: dict[str, Any]) -> Any:
+        """Call the denoiser as the pipeline does, without being told of it."""
+        self._own_call = True
+        try:
+            return self._module(**arguments)
+        finally:
+            self._own_call = False
+
+    def _hold_control(
+        self, program: Program, row: int, state: _BranchState, arguments: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Control belongs to the features it is added to: rows that reuse these are given what was added then."""
+        given = {name: arguments[name] for name in CONTROL if arguments.get(name) is not None}
+        if not program.blind[row]:
+            if any(program.blind):
+                state.control = given
+                state.control = state.held_control()
+            return None
+        if not given and not state.control:
+            return None
+        return dict.fromkeys(given) | state.held_control()
 
     # -- between calls -----------------------------------------------------------------------------------------------
 
@@ -227,12 +383,17 @@ class Executor:
         self._finder.next_evaluation()
         if self._program is None:
             return
-        kept = [residual for state in self._branches.values() for residual in state.residuals.values()]
-        self.record.peak_bytes = max(self.record.peak_bytes, sum(residual.nbytes for residual in kept))
+        self._note_bytes()
         row = self._clock.evaluation - self._first_evaluation
         for state in self._branches.values():
-            for key in [key for key in state.residuals if self._program.last_reader[key] < row]:
-                del state.residuals[key]
+            for key in [key for key in state.kept if self._program.last_reader[key] < row]:
+                del state.kept[key]
+            for passed in [answered for answered in state.answers if answered < row]:
+                del state.answers[passed]
+
+    def _note_bytes(self, more: int = 0) -> None:
+        held = sum(state.nbytes for state in self._branches.values())
+        self.record.peak_bytes = max(self.record.peak_bytes, held + more)
 
 
 def _sample(arguments: Mapping[str, Any]) -> torch.Tensor | None:
@@ -257,6 +418,12 @@ def _allow_graphs(number: int) -> Callable[[], None]:
     return lambda: setattr(config, name, before)
 
 
-def _as_tensor(weights: tuple[float, ...]) -> torch.Tensor | None:
-    """Weights as a tensor on the host, whose values a compiler does not guard on; None to carry one value over."""
-    return None if len(weights) == 1 else torch.tensor(weights, dtype=torch.float32)
+def _weights(reading: Reading, evaluations: list[int]) -> torch.Tensor | None:
+    """The weights of a reading's sources for each evaluation; None where one value is carried over.
+
+    On the host, where a compiler does not guard on their values.
+    """
+    if len(reading.sources) == 1:
+        return None
+    rows = [key.row for key in reading.sources]
+    return torch.tensor([extrapolation_weights(rows, row) for row in evaluations], dtype=torch.float32)

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastdiff.backbones import Backbone, BlockIO, Unit
 from fastdiff.backbones.base import Streams
-from fastdiff.engine.program import Residual, Reuse
+from fastdiff.engine.kept import Kept, Reuse, Shape, transformed
 from fastdiff.errors import StateError
 
 HOOK_NAME = "fastdiff"
@@ -23,25 +23,37 @@ class Cell:
     Args:
         compute: whether the unit runs.
         opens: residuals and reuses whose run starts with this unit's input.
-        keeps: residuals whose run ends with this unit's output.
+        keeps: what is kept of the run that ends with this unit's output.
         reuse: the reuse whose run ends here.
+        shape: where to note the output's shape if the unit runs, and what to answer with if nobody reads it.
         head: turns the hidden state into one that the model's output layers can read, at an exit.
         rows: indices of the samples that the unit runs for, shape ``(active,)``; the others pass through.
+        evaluations: number of evaluations that run as one batch.
     """
 
-    __slots__ = ("compute", "head", "keeps", "opens", "plain", "reuse", "rows")
+    __slots__ = ("compute", "evaluations", "head", "keeps", "opens", "plain", "reuse", "rows", "shape")
 
-    def __init__(self, compute: bool = True, head: nn.Module | None = None, rows: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        compute: bool = True,
+        head: nn.Module | None = None,
+        rows: torch.Tensor | None = None,
+        shape: Shape | None = None,
+        evaluations: int = 1,
+    ) -> None:
         self.compute = compute
-        self.opens: list[Residual | Reuse] = []
-        self.keeps: list[Residual] = []
+        self.opens: list[Kept | Reuse] = []
+        self.keeps: list[Kept] = []
         self.reuse: Reuse | None = None
+        self.shape = shape
         self.head = head
         self.rows = rows
-        self.plain = compute and rows is None  # until something is kept
+        self.evaluations = evaluations
+        self.plain = False  # a compiler guards on this value, and would guard on the identity of a cell
 
 
 COMPUTE = Cell()
+COMPUTE.plain = True
 
 
 class UnitHook(ModelHook):
@@ -51,6 +63,7 @@ class UnitHook(ModelHook):
         super().__init__()
         self.io = unit.io
         self.fragile = unit.fragile
+        self.shortcut = unit.shortcut
         self.cell = COMPUTE
         self.wrapped: Callable[..., Any] | None = None  # the unit's forward with this hook in it
 
@@ -60,25 +73,43 @@ class UnitHook(ModelHook):
         cell = self.cell
         if cell.plain:
             return forward(*args, **kwargs)
-        streams = self.io.read(args, kwargs)
-        for run in cell.opens:
-            run.start = _clone(streams) if self.fragile else streams
         if cell.rows is not None:
+            assert self.io is not None
             return compute_rows(forward, self.io, cell.rows, args, kwargs)
+        for run in cell.opens:
+            run.start = self._start(args, kwargs)
         if cell.compute:
             output = forward(*args, **kwargs)
-            for residual in cell.keeps:
-                residual.finish(self.io.parse(output))
+            self._keep(cell, output)
             return output
-        if cell.reuse is not None:
-            streams = cell.reuse.finish()
+        if cell.reuse is not None and not cell.reuse.residual:
+            return cell.reuse.output(copy=self.fragile)
+        if cell.shape is not None:
+            return cell.shape.placeholder(writable=self.fragile, evaluations=cell.evaluations)
+        assert self.io is not None
+        streams = self.io.read(args, kwargs) if cell.reuse is None else cell.reuse.finish()
         if cell.head is not None:
             streams = (cell.head(streams[0]), *streams[1:])
         return self.io.build(streams)
 
+    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
+        """What a residual that starts here is added to."""
+        assert self.io is not None
+        streams = self.io.read(args, kwargs)
+        if self.shortcut is not None:
+            return (self.shortcut(streams[0]),)
+        return transformed(torch.clone, streams) if self.fragile else streams
 
-def _clone(streams: Streams) -> Streams:
-    return tuple(stream.clone() if isinstance(stream, torch.Tensor) else stream for stream in streams)
+    def _keep(self, cell: Cell, output: Any) -> None:
+        """Keep what later evaluations need of an output."""
+        if cell.shape is not None:
+            cell.shape.note(output)
+        for kept in cell.keeps:
+            if kept.residual:
+                assert self.io is not None
+                kept.finish(self.io.parse(output))
+            else:
+                kept.value = transformed(torch.clone, output) if self.fragile else output
 
 
 def compute_rows(

@@ -1,7 +1,7 @@
-"""From a plan to what each unit does in each row: which residuals are kept, by whom they are read, when they go.
+"""From a plan to what each unit does in each row: what is kept, by whom it is read, when it goes, what runs together.
 
-A static plan is known before the first evaluation, so only residuals that a later row reads are kept at all, and a
-contiguous run of reused blocks keeps one residual, taken from the input of its first to the output of its last block.
+A static plan is known before the first evaluation, so only what a later row reads is kept at all, and a contiguous run
+of reused residual blocks keeps one residual, taken from the input of its first to the output of its last block.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from fastdiff.backbones import Backbone
-from fastdiff.backbones.base import Streams
-from fastdiff.plan import READS_CACHE, ComputePlan
+from fastdiff.plan import READS_CACHE, Action, ComputePlan
 
 
 class Run(NamedTuple):
@@ -27,18 +25,37 @@ class Run(NamedTuple):
 
 
 class Key(NamedTuple):
-    """One kept residual: a run of units, as an earlier row computed it."""
+    """What is kept of one run of units, as an earlier row computed it."""
 
     run: Run
     row: int
 
 
 class Reading(NamedTuple):
-    """What one run of reused units reads: kept residuals and the weight of each in the sum."""
+    """What one run of reused units reads: kept values and the weight of each in the sum."""
 
     run: Run
     sources: tuple[Key, ...]
     weights: tuple[float, ...]
+
+
+class Batch(NamedTuple):
+    """Rows ``first..last``, none of which but the first reads the sample: their decoders run as one batch.
+
+    Args:
+        first: the row in which the others' predictions are made.
+        last: the last of them.
+        encodes: whether the first row computes what all of them read; if not, it reuses that as the others do.
+    """
+
+    first: int
+    last: int
+    encodes: bool
+
+    @property
+    def rows(self) -> range:
+        """The rows of the batch."""
+        return range(self.first, self.last + 1)
 
 
 @dataclass(frozen=True)
@@ -47,15 +64,21 @@ class Program:
 
     Args:
         plan: the plan, pruned and valid for the backbone.
+        residual: for each unit whether reuse adds a residual to its fresh input, rather than taking its output.
         readings: for each row its reused runs.
-        captures: for each row the residuals to keep.
-        last_reader: for every kept residual the last row that reads it.
+        captures: for each row what to keep.
+        last_reader: for everything kept the last row that reads it.
+        blind: for each row whether it makes its prediction without reading the sample.
+        batches: by their first rows, the rows that run as one batch.
     """
 
     plan: ComputePlan
+    residual: tuple[bool, ...]
     readings: tuple[tuple[Reading, ...], ...]
     captures: tuple[tuple[Key, ...], ...]
     last_reader: dict[Key, int]
+    blind: tuple[bool, ...]
+    batches: dict[int, Batch]
 
     @property
     def patterns(self) -> int:
@@ -68,6 +91,10 @@ class Program:
         keeps = tuple(sorted(key.run for key in self.captures[row]))
         return tuple(self.plan.table[row].tolist()), reads, keeps
 
+    def encoding_columns(self, batch: Batch) -> int:
+        """How many columns of a batch's first row run before its decoder does: all up to the last that is kept."""
+        return 1 + max(key.run.last for key in self.captures[batch.first]) if batch.encodes else 0
+
 
 def lower(plan: ComputePlan, backbone: Backbone) -> Program:
     """Turn a plan into a program for a backbone.
@@ -77,17 +104,26 @@ def lower(plan: ComputePlan, backbone: Backbone) -> Program:
         ProfileMismatchError: if it was made for other units.
     """
     plan = plan.validate(backbone.traits).prune(backbone.traits)
-    readings = tuple(tuple(_readings(plan, row, backbone.segments)) for row in range(plan.evaluations))
+    kinds = plan.reuse_kinds(backbone.traits)
+    residual = tuple(kind == "residual" for kind in kinds)
+    # An output stands for itself: only residuals of units that follow each other may be summed up in one.
+    names = zip(backbone.segments, residual, plan.units, strict=True)
+    segments = [segment if adds else (segment, name) for segment, adds, name in names]
+    readings = tuple(tuple(_readings(plan, row, segments)) for row in range(plan.evaluations))
     last_reader: dict[Key, int] = {}
     for row, row_readings in enumerate(readings):
         last_reader.update({key: row for reading in row_readings for key in reading.sources})
-    captures: dict[int, list[Key]] = defaultdict(list)
+    kept: dict[int, list[Key]] = defaultdict(list)
     for key in last_reader:
-        captures[key.row].append(key)
-    return Program(plan, readings, tuple(tuple(captures[row]) for row in range(plan.evaluations)), last_reader)
+        kept[key.row].append(key)
+    captures = tuple(tuple(kept[row]) for row in range(plan.evaluations))
+    blind = _blind_rows(plan, kinds)
+    alike = [is_blind and not kept_in_row for is_blind, kept_in_row in zip(blind, captures, strict=True)]
+    batches = _batches(plan, readings, alike) if plan.meta.get("parallel") else {}
+    return Program(plan, residual, readings, captures, last_reader, blind, batches)
 
 
-def _readings(plan: ComputePlan, row: int, segments: Sequence[int]) -> list[Reading]:
+def _readings(plan: ComputePlan, row: int, segments: Sequence[Any]) -> list[Reading]:
     """Group a row's reused units into the longest runs with one action, one segment and the same source rows."""
     readings: list[Reading] = []
     previous: tuple[Any, ...] | None = None
@@ -117,49 +153,36 @@ def extrapolation_weights(rows: Sequence[int], row: int) -> tuple[float, ...]:
     return tuple(weights)
 
 
-class Residual:
-    """What a run of units added to its input: ``start`` while the run is under way, ``value`` afterwards."""
-
-    __slots__ = ("start", "value")
-
-    def __init__(self) -> None:
-        self.start: Streams | None = None
-        self.value: Streams | None = None
-
-    def finish(self, end: Streams) -> None:
-        """Keep what was added to ``start``."""
-        assert self.start is not None
-        self.value = tuple(None if b is None or a is None else b - a for a, b in zip(self.start, end, strict=False))
-        self.start = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by the kept value."""
-        return sum(tensor.nbytes for tensor in self.value or () if tensor is not None)
+def _blind_rows(plan: ComputePlan, kinds: Sequence[str]) -> tuple[bool, ...]:
+    """Which rows do not read the sample: what the first unit makes of it is not read, or replaced by its reuse."""
+    first = plan.table[:, 0]
+    replaced = np.isin(first, READS_CACHE) & (kinds[0] == "output")
+    return tuple(((first == Action.DROP) | replaced).tolist())
 
 
-class Reuse:
-    """Puts kept residuals on top of a run's fresh input."""
+def _batches(plan: ComputePlan, readings: Sequence[tuple[Reading, ...]], alike: Sequence[bool]) -> dict[int, Batch]:
+    """The longest runs of rows that differ in their timestep alone, each with the row that computes what it reads."""
+    batches: list[Batch] = []
+    for row in range(1, plan.evaluations):
+        if not alike[row]:
+            continue
+        if batches and batches[-1].last == row - 1 and _same_work(plan, readings, row - 1, row):
+            batches[-1] = batches[-1]._replace(last=row)
+        elif row > 1 and _encodes_for(plan, readings, row - 1, row):  # row 0 shows the shapes that later rows rely on
+            batches.append(Batch(row - 1, row, encodes=True))
+        else:
+            batches.append(Batch(row, row, encodes=False))
+    return {batch.first: batch for batch in batches if batch.last > batch.first}
 
-    __slots__ = ("sources", "start", "weights")
 
-    def __init__(self, sources: tuple[Residual, ...], weights: torch.Tensor | None) -> None:
-        self.start: Streams | None = None
-        self.sources = sources
-        self.weights = weights  # None where a single value is carried over
+def _same_work(plan: ComputePlan, readings: Sequence[tuple[Reading, ...]], one: int, other: int) -> bool:
+    """Whether two rows do the same with the same kept values."""
+    sources = [[(reading.run, reading.sources) for reading in readings[row]] for row in (one, other)]
+    return np.array_equal(plan.table[one], plan.table[other]) and sources[0] == sources[1]
 
-    def finish(self) -> Streams:
-        """The run's output: ``start`` plus the weighted residuals, in the streams' dtype."""
-        assert self.start is not None
-        start, self.start = self.start, None
-        return tuple(
-            self._apply(stream, tuple(source.value[index] for source in self.sources))  # type: ignore[index]
-            for index, stream in enumerate(start)
-        )
 
-    def _apply(self, stream: Any, residuals: tuple[Any, ...]) -> Any:
-        if stream is None or residuals[0] is None:
-            return stream
-        if self.weights is None:
-            return stream + residuals[0]
-        return stream + sum(weight * residual for weight, residual in zip(self.weights, residuals, strict=True))
+def _encodes_for(plan: ComputePlan, readings: Sequence[tuple[Reading, ...]], encoder: int, row: int) -> bool:
+    """Whether a row reuses what ``encoder`` computed last, and does all else as that row does."""
+    newest = {key.row for reading in readings[row] for key in reading.sources[:1]}
+    own = ~np.isin(plan.table[row], (*READS_CACHE, Action.DROP))
+    return newest == {encoder} and np.array_equal(plan.table[encoder][own], plan.table[row][own])

@@ -35,7 +35,9 @@ class DenoiserRecord:
         calls: every call in order.
         plans: the plans that were lowered, one for each grid the scheduler was given.
         fallbacks: reasons for which a call computed more than its plan said, with how often.
-        peak_bytes: most bytes held in kept residuals after any call.
+        batches: evaluations that each call with several of them made at once.
+        one_by_one: reasons for which evaluations that could have been one batch were not, with how often.
+        peak_bytes: most bytes held at any time in what was kept: residuals, features, predictions made ahead.
         measure: counts and times one full evaluation with this call's shapes; takes a few evaluations when first used.
     """
 
@@ -44,6 +46,8 @@ class DenoiserRecord:
     calls: list[Call] = field(default_factory=list)
     plans: list[ComputePlan] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    batches: list[int] = field(default_factory=list)
+    one_by_one: Counter[str] = field(default_factory=Counter)
     peak_bytes: int = 0
     measure: Callable[[], UnitCosts] | None = None
 
@@ -92,6 +96,10 @@ class DenoiserRecord:
         share = self.macs_share
         macs = "" if share is None else f", MACs {share:.1%} of the full call"
         yield f"  computed {self.computed_share:.1%} of the cells{macs}; kept at most {self.peak_bytes / 2**20:.2f} MiB"
+        if self.batches:
+            yield f"  {sum(self.batches)} evaluations made in {len(self.batches)} batches of up to {max(self.batches)}"
+        for reason, times in self.one_by_one.items():
+            yield f"  {times} batch(es) made one evaluation at a time: {reason}"
         for reason, times in self.fallbacks.items():
             yield f"  computed in full {times} time(s): {reason}"
 

@@ -19,7 +19,7 @@ from fastdiff.engine.executor import Executor
 from fastdiff.engine.hooks import InstalledHooks
 from fastdiff.engine.record import RunRecord
 from fastdiff.errors import FastDiffNoEffectWarning
-from fastdiff.methods.base import Method, as_methods, make_planner
+from fastdiff.methods.base import Method, as_methods, level_of, make_planner
 
 FEW_STEPS = 8
 """Below this many evaluations there is little to reuse between them."""
@@ -45,7 +45,10 @@ class SamplingRun:
         self._methods = tuple(methods)
         self._schedulers = tuple(schedulers)
         self._modules = {name: module for name, (module, _) in denoisers.items()}
-        self.clock = StepClock(on_tick=self._next_evaluation, on_start=self._restart)
+        backbones = [hooks.backbone for _, hooks in denoisers.values() if not hooks.backbone.is_control]
+        edits = [method.latent_edit(backbone) for method in self._methods for backbone in backbones[:1]]
+        edit = next(filter(None, edits), None)
+        self.clock = StepClock(on_tick=self._next_evaluation, on_start=self._restart, edit=edit)
         planner = make_planner(self._methods)
         heads = {unit: head for method in self._methods for unit, head in method.exit_heads().items()}
         self._executors = {name: Executor(hooks, self.clock, planner, heads) for name, (_, hooks) in denoisers.items()}
@@ -134,13 +137,14 @@ def sampling_run(
     """
     if (scheduler is None) == (timesteps is None):
         raise ValueError("Give either the scheduler of the loop or the timesteps of its evaluations.")
-    hooks = InstalledHooks(view(denoiser))
+    chosen = as_methods(methods)
+    hooks = InstalledHooks(view(denoiser, level_of(chosen)))
     try:
         schedulers = () if scheduler is None else (scheduler,)
-        with SamplingRun({"denoiser": (denoiser, hooks)}, schedulers, as_methods(methods)) as run:
+        with SamplingRun({"denoiser": (denoiser, hooks)}, schedulers, chosen) as run:
             if timesteps is not None:
                 grid = timesteps.detach().double().cpu().numpy()
-                run.clock.start(Grid(grid, grid * float("nan"), training_steps, True))
+                run.clock.start(Grid(grid, grid * float("nan"), training_steps, True, timesteps.detach()))
             yield run
     finally:
         hooks.remove()

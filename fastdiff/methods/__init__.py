@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from fastdiff.methods.base import Method, PlanRequest, SavedPlan, as_methods
+from fastdiff.methods.encoder_propagation import EncoderPropagation
 from fastdiff.methods.exit_schedule import ExitSchedule
 from fastdiff.methods.feature_inheritance import FeatureInheritance
 from fastdiff.methods.layer_skipping import LayerSkipping
 
-__all__ = ["ExitSchedule", "FeatureInheritance", "LayerSkipping", "Method", "PlanRequest", "SavedPlan", "as_methods"]
+__all__ = [
+    "EncoderPropagation",
+    "ExitSchedule",
+    "FeatureInheritance",
+    "LayerSkipping",
+    "Method",
+    "PlanRequest",
+    "SavedPlan",
+    "as_methods",
+]

@@ -14,7 +14,7 @@ from fastdiff.plan import ComputePlan, merge
 if TYPE_CHECKING:
     from fastdiff.backbones import Backbone
     from fastdiff.cost import UnitCosts
-    from fastdiff.engine.clock import Grid
+    from fastdiff.engine.clock import Grid, LatentEdit
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Method:
     """Base of all methods. Subclasses are frozen dataclasses of JSON-compatible fields and are checked when made."""
 
     registry: ClassVar[dict[str, type[Method]]] = {}
+    accelerates_control: ClassVar[bool] = False
+    """Whether it makes plans for ControlNets too."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -62,6 +64,15 @@ class Method:
     def is_neutral(self) -> bool:
         """Whether this setting asks for nothing to be skipped."""
         return False
+
+    @property
+    def view_level(self) -> str:
+        """How finely a denoiser must be seen for it (`fastdiff.backbones.view`)."""
+        return "layer"
+
+    def latent_edit(self, backbone: Backbone) -> LatentEdit | None:
+        """What changes the latents between evaluations of this denoiser."""
+        return None
 
     def exit_heads(self) -> Mapping[str, nn.Module]:
         """Modules that read the hidden state at an exit, by the name of the first unit that does not run."""
@@ -159,9 +170,15 @@ def make_planner(methods: Sequence[Method]) -> Callable[[PlanRequest], ComputePl
     def planner(request: PlanRequest) -> ComputePlan:
         if not methods:
             raise ConfigError("There is no method to make a plan from.")
-        return merge(method.plan(request) for method in methods)
+        asked = [method for method in methods if method.accelerates_control or not request.backbone.is_control]
+        return merge(method.plan(request) for method in asked)
 
     return planner
+
+
+def level_of(methods: Sequence[Method]) -> str:
+    """How finely a denoiser must be seen for all of some methods."""
+    return "branch" if any(method.view_level == "branch" for method in methods) else "layer"
 
 
 def as_methods(methods: Any) -> tuple[Method, ...]:

@@ -52,8 +52,9 @@ def networks(draw: st.DrawFn, units: int) -> list[UnitTraits]:
     return [
         UnitTraits(
             name,
-            reuse=draw(st.sampled_from(["residual", "output"])),
+            reuse=draw(st.sampled_from(["residual", "output", "branch"])),
             reads=tuple(draw(st.sets(st.sampled_from(names(units)[: index - 1])))) if index > 1 else (),
+            is_output=draw(st.sampled_from([False, False, True])),
         )
         for index, name in enumerate(names(units))
     ]
