@@ -40,7 +40,7 @@ def _with_article(noun: str) -> str:
 
 
 def caption(character: int, foreground: int, background: int, phrase: int = 0) -> str:
-    """The caption of an image, such as "a red letter K on a blue background".
+    """The caption of an image, such as "a red letter K on a white background".
 
     Args:
         character: index into ``CHARACTERS``.
@@ -86,7 +86,7 @@ def all_captions(phrase: int) -> Iterator[str]:
 def _merges(words: list[str]) -> list[tuple[str, str]]:
     """Joins the most frequent pair of neighbours until every word is one piece."""
     pieces = [(*word[:-1], word[-1] + _WORD_END) for word in words]
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         counts = Counter(pair for word in pieces for pair in itertools.pairwise(word))
         if not counts:
