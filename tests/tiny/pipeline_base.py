@@ -10,8 +10,9 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.utils import BaseOutput
 
-from .base import HEIGHT, TEXT_DIM, TEXT_TOKENS, Draw, build
+from .base import HEIGHT, TEXT_DIM, TEXT_TOKENS, WEIGHT_SEED, Draw, build
 
 PIXELS = 8 * HEIGHT
 CLASSES = 10
@@ -38,6 +39,14 @@ class TinyPipeline:
     inputs: Callable[..., dict[str, Any]]
     denoisers: tuple[str, ...]
     ignores: frozenset[str] = frozenset()
+
+    def sample(self, pipe: DiffusionPipeline, **arguments: Any) -> torch.Tensor:
+        """Returns the images, videos or latents of one call; the arguments are those of `inputs`."""
+        torch.manual_seed(0)  # DiTPipeline does not hand its generator to the scheduler
+        result = pipe(**self.inputs(**arguments), return_dict=False)
+        while isinstance(result, (tuple, BaseOutput)):  # images come first, before flags, depth maps and the like
+            result = result[0]
+        return torch.stack([torch.as_tensor(item) for item in result])
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,9 @@ def pipeline(
         absent = dict.fromkeys([name for name, p in parameters.items() if p.default is p.empty and name != "self"])
         if "requires_safety_checker" in parameters:
             absent["requires_safety_checker"] = False
-        pipe = cls(**(absent | components()))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(WEIGHT_SEED)  # some pipelines make a model of their own
+            pipe = cls(**(absent | components()))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -140,7 +151,7 @@ def pipeline(
     return TinyPipeline(name, build_pipeline, inputs, denoisers, frozenset(ignores))
 
 
-def vae(halvings: int = 3) -> AutoencoderKL:
+def vae(halvings: int = 3, **changes: Any) -> AutoencoderKL:
     """Returns an autoencoder of 4 latent channels that halves an image a few times."""
     config = {
         "down_block_types": ("DownEncoderBlock2D",) * (halvings + 1),
@@ -152,4 +163,4 @@ def vae(halvings: int = 3) -> AutoencoderKL:
         "scaling_factor": 1.0,
         "shift_factor": 0.0,
     }
-    return build(AutoencoderKL, config)
+    return build(AutoencoderKL, config | changes)

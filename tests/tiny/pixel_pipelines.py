@@ -11,7 +11,6 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     DDIMScheduler,
     DDPMScheduler,
-    EulerDiscreteScheduler,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
@@ -19,13 +18,13 @@ from diffusers import (
 
 from . import unet_condition as unets
 from . import unet_unconditional as plain
-from .base import HEIGHT, TEXT_DIM, TEXT_TOKENS, build
+from .base import HEIGHT, TEXT_DIM, build
 from .pipeline_base import CLASSES, PIXELS, Call
-from .sd_pipelines import Components, ddim, entry, sd, unet
+from .sd_pipelines import Components, entry, unet
 from .text import clip_tokenizer, text_encoder
 
 
-def vqvae(halvings: int = 2, channels: int = 3, **changes: Any) -> VQModel:
+def latent_autoencoder(halvings: int = 2, channels: int = 3, **changes: Any) -> VQModel:
     """Returns a vector-quantised autoencoder that halves an image a few times."""
     config = {
         "down_block_types": ("DownEncoderBlock2D",) * (halvings + 1),
@@ -39,9 +38,8 @@ def vqvae(halvings: int = 2, channels: int = 3, **changes: Any) -> VQModel:
 
 
 def movq() -> VQModel:
-    """Returns Kandinsky's autoencoder: the decoder's norms see the quantised latent."""
-    types = {"up_block_types": ("AttnUpDecoderBlock2D",) * 4, "norm_type": "spatial"}
-    return vqvae(halvings=3, channels=4, vq_embed_dim=4, **types)
+    """Returns the autoencoder of a tiny Kandinsky, with norms that do not look at the latent."""
+    return latent_autoencoder(halvings=3, channels=4, vq_embed_dim=4)
 
 
 # -- unconditional -----------------------------------------------------------------------------------------------------
@@ -52,7 +50,7 @@ def unconditional(call: Call) -> dict[str, Any]:
     return {"batch_size": call.batch, "output_type": "np"}
 
 
-def _with_unet(config: dict[str, Any], scheduler: Callable[[], Any], **others: Any) -> Callable[[], Components]:
+def with_unet(config: dict[str, Any], scheduler: Callable[[], Any], **others: Any) -> Callable[[], Components]:
     return lambda: (
         {"unet": build(UNet2DModel, config), "scheduler": scheduler()} | {name: make() for name, make in others.items()}
     )
@@ -64,11 +62,6 @@ def _consistency_call(call: Call) -> dict[str, Any]:
 
 def _super_resolution_call(call: Call) -> dict[str, Any]:
     return {"image": 2 * call.image(HEIGHT) - 1, "output_type": "np"}
-
-
-def _repaint_call(call: Call) -> dict[str, Any]:
-    images = {"image": 2 * call.image(HEIGHT) - 1, "mask_image": call.mask(HEIGHT)}
-    return images | {"output_type": "np", "jump_length": 2, "jump_n_sample": 2}
 
 
 # -- DeepFloyd IF ------------------------------------------------------------------------------------------------------
@@ -174,21 +167,21 @@ def _cascade_prior_call(call: Call) -> dict[str, Any]:
     return call.text(4.0) | {"height": 4 * 42, "width": 4 * 42}
 
 
-NEITHER = ("guidance",)
+UNGUIDED = ("guidance",)
 ENTRIES = [
-    entry("DDPMPipeline", _with_unet(plain.DDPM, DDPMScheduler), unconditional, ignores=NEITHER),
-    entry("DDIMPipeline", _with_unet(plain.DDPM, DDIMScheduler), unconditional, ignores=NEITHER),
+    entry("DDPMPipeline", with_unet(plain.DDPM, DDPMScheduler), unconditional, ignores=UNGUIDED),
+    entry("DDIMPipeline", with_unet(plain.DDPM, DDIMScheduler), unconditional, ignores=UNGUIDED),
     entry(
         "ConsistencyModelPipeline",
-        _with_unet(plain.CONSISTENCY | {"num_class_embeds": CLASSES}, CMStochasticIterativeScheduler),
+        with_unet(plain.CONSISTENCY | {"num_class_embeds": CLASSES}, CMStochasticIterativeScheduler),
         _consistency_call,
-        ignores=NEITHER,
+        ignores=UNGUIDED,
     ),
     entry(
         "LDMSuperResolutionPipeline",
-        _with_unet(plain.LDM, lambda: DDIMScheduler(clip_sample=False), vqvae=vqvae),
+        with_unet(plain.LDM, lambda: DDIMScheduler(clip_sample=False), vqvae=latent_autoencoder),
         _super_resolution_call,
-        ignores=NEITHER,
+        ignores=UNGUIDED,
     ),
     entry("IFPipeline", lambda: _if(unets.IF), _if_call),
     entry("IFSuperResolutionPipeline", _if_upscale, _if_upscale_call),

@@ -91,7 +91,7 @@ def t2i_adapter() -> T2IAdapter:
 
 def small(**others: Any) -> Callable[[], Components]:
     """Returns what makes the components with the small UNet; callables among the others are called."""
-    return lambda: sd(unet(unets.SMALL_SD), **{name: make() for name, make in others.items()})
+    return lambda: sd(unet(unets.SMALL_SD)) | {name: make() for name, make in others.items()}
 
 
 def controlled(call: Call) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from diffusers import ControlNetModel, ControlNetUnionModel, EulerDiscreteSchedu
 
 from . import unet_condition as unets
 from .base import TEXT_DIM, build
-from .pipeline_base import PIXELS, Call, vae
+from .pipeline_base import Call, vae
 from .sd_pipelines import (
     CONTROL,
     Components,

@@ -25,7 +25,7 @@ from .base import TEXT_DIM, build
 
 PROMPT_TOKENS = 12
 """Length to which every prompt is padded."""
-IMAGE_SIZE = 32
+IMAGE_SIZE = 224
 """Height and width of the images that the vision encoder takes."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 _LETTERS = string.ascii_lowercase
@@ -86,7 +86,7 @@ def text_encoder(projection: int = 0, width: int = TEXT_DIM, seed: int = 0) -> n
 
 def image_encoder(projection: int = TEXT_DIM) -> CLIPVisionModelWithProjection:
     """Returns a CLIP image encoder whose embeddings are as wide as `projection`."""
-    config = CLIPVisionConfig(**_SHAPE, image_size=IMAGE_SIZE, patch_size=16, projection_dim=projection)
+    config = CLIPVisionConfig(**_SHAPE, image_size=IMAGE_SIZE, patch_size=IMAGE_SIZE // 2, projection_dim=projection)
     return encoder(CLIPVisionModelWithProjection, config)
 
 

@@ -60,6 +60,16 @@ SCORE = _UNET | {
     "block_out_channels": (32, 32, 32),  # these attentions normalise in 32 groups
 }
 
+AUDIO = {
+    "sample_size": 32,
+    "extra_in_channels": 16,
+    "norm_num_groups": 4,
+    "block_out_channels": (8, 32, 32),
+    "down_block_types": ("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
+    "up_block_types": ("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"),
+    "use_timestep_embedding": False,
+}
+
 ENTRIES = [
     entry("UNet2DModel", DDPM, pixels, LEVELS, variant="DDPM"),
     entry("UNet2DModel", CONSISTENCY | {"num_class_embeds": CLASSES}, _classes, LEVELS, variant="resnet sampling"),
@@ -68,15 +78,7 @@ ENTRIES = [
     entry("UNet2DModel", DDPM | {"mid_block_type": None}, pixels, LEVELS, variant="no mid block"),
     entry(
         "UNet1DModel",
-        {
-            "sample_size": 32,
-            "extra_in_channels": 16,
-            "norm_num_groups": 4,
-            "block_out_channels": (8, 32, 32),
-            "down_block_types": ("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
-            "up_block_types": ("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"),
-            "use_timestep_embedding": False,
-        },
+        AUDIO,
         _audio,
         LEVELS,
         variant="audio",
