@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -198,18 +197,23 @@ def _kandinsky3_layout(unet: nn.Module, columns: _Columns) -> None:
 
 
 def _cascade_layout(unet: nn.Module, columns: _Columns) -> None:
-    """Levels of blocks between scalers; the first block of a level of the decoder reads that level of the encoder."""
-    if any(len(mappers) for mappers in chain(unet.down_repeat_mappers, unet.up_repeat_mappers)):
-        raise UnsupportedBackboneError("StableCascadeUNet with repeated levels runs its blocks more than once a call.")
+    """Levels of blocks between scalers; the first block of a level of the decoder reads that level of the encoder.
+
+    A level may run several times with a mapper between; what its last block leaves is the output of the last time.
+    """
     columns.add("embedding", unet.embedding)
     for index, blocks in enumerate(unet.down_blocks):
         columns.add(f"down_downscalers.{index}", unet.down_downscalers[index])
+        for place, mapper in enumerate(unet.down_repeat_mappers[index]):
+            columns.add(f"down_repeat_mappers.{index}.{place}", mapper)
         for place, block in enumerate(blocks):
             columns.add(f"down_blocks.{index}.{place}", block)
         columns.make_skip()
     columns.take_skips(1)  # the deepest is the decoder's input
     columns.skips.pop()
     for index, blocks in enumerate(unet.up_blocks):
+        for place, mapper in enumerate(unet.up_repeat_mappers[index]):
+            columns.add(f"up_repeat_mappers.{index}.{place}", mapper)
         for place, block in enumerate(blocks):
             taken = columns.take_skips(1) if index and not place else ()
             columns.add(f"up_blocks.{index}.{place}", block, reads=tuple(columns.skips[skip] for skip in taken))
@@ -227,9 +231,16 @@ _LAYOUTS = {"Kandinsky3UNet": _kandinsky3_layout, "StableCascadeUNet": _cascade_
 
 def _layers(stage: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
     """The modules of each layer in the order of their calls, named within the stage."""
-    lists = {name: getattr(stage, name) for name in LAYER_PARTS if getattr(stage, name, None) is not None}
-    for index in range(len(stage.resnets)):
-        yield [(f"{name}.{index}", modules[index]) for name, modules in lists.items()]
+    layers = len(stage.resnets)
+    for layer in range(layers):
+        yield [part for name in LAYER_PARTS for part in _share(stage, name, layer, layers)]
+
+
+def _share(stage: nn.Module, name: str, layer: int, layers: int) -> list[tuple[str, nn.Module]]:
+    """A layer's modules in one of a stage's lists: usually one, several in a row where AudioLDM2 has more texts."""
+    modules = getattr(stage, name, None) or ()
+    each = len(modules) // layers
+    return [(f"{name}.{index}", modules[index]) for index in range(layer * each, (layer + 1) * each)]
 
 
 def _samplers(stage: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -273,14 +284,14 @@ def _middle(stage: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if type(stage).__name__ not in LAYERED_MIDDLES:
         yield "mid_block", stage
         return
-    for index in range(len(stage.resnets)):
-        parts = [("resnets", index), ("temp_convs", index)]
-        if index:
-            parts = [(part, index - 1) for part in ("attentions", "temp_attentions", "motion_modules")] + parts
-        for part, place in parts:
-            modules = getattr(stage, part, None)
-            if modules is not None and modules[place] is not None:
-                yield f"mid_block.{part}.{place}", modules[place]
+    layers = len(stage.resnets)
+    for layer in range(layers):
+        parts = []
+        if layer:
+            between = ("attentions", "temp_attentions", "motion_modules")
+            parts = [part for name in between for part in _share(stage, name, layer - 1, layers - 1)]
+        parts += [part for name in ("resnets", "temp_convs") for part in _share(stage, name, layer, layers)]
+        yield from ((f"mid_block.{part}", module) for part, module in parts if module is not None)
 
 
 def _is_karras(stage: nn.Module) -> bool:

@@ -43,25 +43,27 @@ def is_at(grid: Grid, row: int, arguments: Mapping[str, Any]) -> bool:
     return float(value.flatten()[0]) == float(expected)
 
 
-def stacked(arguments: Mapping[str, Any], batch: int, grid: Grid, rows: Sequence[int]) -> dict[str, Any]:
+def stacked(arguments: Mapping[str, Any], sample: torch.Tensor, grid: Grid, rows: Sequence[int]) -> dict[str, Any]:
     """A call's arguments for several evaluations that differ in their timesteps alone.
 
     Args:
         arguments: those of one evaluation, by name.
-        batch: its number of samples.
+        sample: the noisy sample among them, of shape ``(batch, ...)``.
         grid: the call's evaluations.
         rows: the evaluations to make.
 
     Returns:
         The arguments with ``len(rows) * batch`` samples: all of the first evaluation, then all of the next.
     """
-    times = len(rows)
+    times, batch = len(rows), sample.shape[0]
+    frames = sample.shape[1:3] if sample.ndim == 5 else ()  # videos may come with one row for every frame
+    row_counts = {batch, *(batch * size for size in frames)}
 
     def repeat(tensor: torch.Tensor) -> torch.Tensor:
-        return repeated(tensor, times) if tensor.ndim and tensor.shape[0] == batch else tensor
+        return repeated(tensor, times) if tensor.ndim and tensor.shape[0] in row_counts else tensor
 
     together = {name: transformed(repeat, value) for name, value in arguments.items()}
-    for name in CONTROL:  # videos give one row for every frame
+    for name in CONTROL:
         if arguments.get(name) is not None:
             together[name] = transformed(lambda tensor: repeated(tensor, times), arguments[name])
     name = timestep_name(arguments)

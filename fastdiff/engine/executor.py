@@ -346,7 +346,7 @@ class Executor:
         for start in range(0, len(batch.rows), room):
             rows = list(batch.rows[start : start + room])
             self.hooks.set_cells(self._reading_cells(program, batch.last, state, rows))
-            output = self._call(stacked(arguments, sample.shape[0], self._grid, rows))
+            output = self._call(stacked(arguments, sample, self._grid, rows))
             state.answers.update(zip(rows, taken_apart(output, len(rows)), strict=True))
             self.record.batches.append(len(rows))
             self._note_bytes(len(rows) * feature_bytes)

@@ -94,6 +94,11 @@ class LayerSkipping(Method):
     def plan(self, request: PlanRequest) -> ComputePlan:
         """Key evaluations are computed, in all others only the kept units."""
         plan = request.full_plan(self)
+        if any(trait.reuse != "residual" for trait in request.backbone.traits):
+            raise ConfigError(
+                f"LayerSkipping leaves out blocks of a residual stack; a {request.backbone.class_name} changes shape on "
+                "the way. Use FeatureInheritance or EncoderPropagation for it."
+            )
         rows, units = plan.table.shape
         keys = np.arange(rows) % self.interval == 0 if self.interval else np.arange(rows) == 0
         if self.target_speedup is not None:
