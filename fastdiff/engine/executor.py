@@ -205,7 +205,7 @@ class Executor:
             self.hooks.set_cells(self._idle(state))
             return
         batch = program.batches.get(row)
-        if batch is None or self._one_by_one(row, arguments):
+        if batch is None or self._one_by_one(row, state, arguments):
             self.hooks.set_cells(self._cells(program, row, state))
             return
         columns = program.encoding_columns(batch)
@@ -321,10 +321,12 @@ class Executor:
 
     # -- several evaluations at once ---------------------------------------------------------------------------------
 
-    def _one_by_one(self, row: int, arguments: Mapping[str, Any]) -> bool:
+    def _one_by_one(self, row: int, state: _BranchState, arguments: Mapping[str, Any]) -> bool:
         """Whether a batch's rows are computed each in its own call; the record says why."""
         reason = ""
-        if self._mixing:
+        if any(needed and shape.like is None for needed, shape in zip(self._needs_shape, state.shapes, strict=True)):
+            reason = "no evaluation in this shape came before"
+        elif self._mixing:
             reason = f"{self._mixing} may mix the samples of a batch"
         elif not self._is_at(row, arguments):
             reason = "the denoiser is not given the scheduler's own timesteps"
