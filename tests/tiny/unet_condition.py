@@ -224,7 +224,7 @@ _CASCADE = {
     "down_num_layers_per_block": (2, 2, 2),
     "up_num_layers_per_block": (2, 2, 2),
     "down_blocks_repeat_mappers": (1, 1, 1),
-    "up_blocks_repeat_mappers": (1, 2, 1),
+    "up_blocks_repeat_mappers": (1, 1, 1),
     "block_types_per_layer": (("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),) * 3,
     "clip_text_pooled_in_channels": POOLED,
     "dropout": (0.1, 0.1, 0.1),
@@ -234,7 +234,7 @@ CASCADE_PRIOR = _CASCADE | {
     "clip_image_in_channels": IMAGE_DIM,
     "switch_level": (False, True),
 }
-CASCADE_DECODER = _CASCADE | {"effnet_in_channels": 4, "patch_size": 2, "timestep_conditioning_type": ("sca",)}
+CASCADE_DECODER = _CASCADE | {"up_blocks_repeat_mappers": (1, 2, 1), "effnet_in_channels": 4, "patch_size": 2, "timestep_conditioning_type": ("sca",)}
 
 ENTRIES = [
     entry("UNet2DConditionModel", SD, text, LEVELS, variant="SD"),
