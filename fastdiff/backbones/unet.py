@@ -76,6 +76,7 @@ class _Columns:
     units: list[Unit] = field(default_factory=list)
     skips: list[str] = field(default_factory=list)  # the column that made each long skip, in order
     open_skips: list[int] = field(default_factory=list)  # numbers of those that no stage has read yet
+    beside: list[str] = field(default_factory=list)  # further columns of the encoder that the decoder reads
     sites: list[SkipSite] = field(default_factory=list)
 
     def add(self, name: str, module: nn.Module, reads: tuple[str, ...] = (), fragile: bool = False) -> None:
@@ -121,7 +122,7 @@ def unet_backbone(denoiser: nn.Module, level: str = "layer") -> Backbone:
         raise UnsupportedBackboneError(
             f"{type(denoiser).__name__} has stages, but not in a layout that fastdiff knows: {error}."
         ) from error
-    encoded = () if level == "branch" else tuple(dict.fromkeys([*columns.skips, _bottleneck(columns)]))
+    encoded = () if level == "branch" else tuple(dict.fromkeys([*columns.skips, *columns.beside, _bottleneck(columns)]))
     return Backbone(denoiser, tuple(columns.units), level, encoded, tuple(columns.sites))
 
 
@@ -223,7 +224,48 @@ def _cascade_layout(unet: nn.Module, columns: _Columns) -> None:
     columns.add("clf", unet.clf)
 
 
-_LAYOUTS = {"Kandinsky3UNet": _kandinsky3_layout, "StableCascadeUNet": _cascade_layout}
+def _audio_layout(unet: nn.Module, columns: _Columns) -> None:
+    """Every down stage makes one skip and every up stage reads one; there may be no convolution around them."""
+    for index, stage in enumerate(unet.down_blocks):
+        columns.add(f"down_blocks.{index}", stage)
+        columns.make_skip()
+    if unet.mid_block is not None:
+        columns.add("mid_block", unet.mid_block)
+    for index, stage in enumerate(unet.up_blocks):
+        taken = columns.take_skips(1)
+        columns.sites.append(_site(stage, SKIPS_ARGUMENT, taken))
+        columns.add(f"up_blocks.{index}", stage, tuple(columns.skips[skip] for skip in taken), fragile=True)
+    if unet.out_block is not None:
+        columns.add("out_block", unet.out_block, fragile=True)
+
+
+def _control_xs_layout(unet: nn.Module, columns: _Columns) -> None:
+    """A UNet with a small one beside it that controls it: both in one stage, which hands on the skips of both."""
+    for name in ("controlnet_cond_embedding", "base_conv_in", "ctrl_conv_in", "control_to_base_for_conv_in"):
+        columns.add(name, getattr(unet, name), fragile=True)
+    columns.beside += [unit.name for unit in columns.units[:-1]]  # added up outside of any stage
+    columns.make_skip()
+    for index, stage in enumerate(unet.down_blocks):
+        columns.add(f"down_blocks.{index}", stage, reads=() if index else tuple(columns.beside))
+        for _ in range(len(stage.base_resnets) + (stage.base_downsamplers is not None)):
+            columns.make_skip()
+    columns.add("mid_block", unet.mid_block, fragile=True)
+    for index, stage in enumerate(unet.up_blocks):
+        taken = columns.take_skips(len(stage.resnets))
+        columns.sites.append(_site(stage, f"{SKIPS_ARGUMENT}_base", taken))
+        makers = [columns.skips[skip] for skip in taken]
+        beside = columns.beside if 0 in taken else []
+        columns.add(f"up_blocks.{index}", stage, tuple(dict.fromkeys([*makers, *beside])), fragile=True)
+    columns.add("base_conv_norm_out", unet.base_conv_norm_out)
+    columns.add("base_conv_out", unet.base_conv_out, fragile=True)
+
+
+_LAYOUTS = {
+    "Kandinsky3UNet": _kandinsky3_layout,
+    "StableCascadeUNet": _cascade_layout,
+    "UNet1DModel": _audio_layout,
+    "UNetControlNetXSModel": _control_xs_layout,
+}
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
