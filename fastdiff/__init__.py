@@ -22,7 +22,7 @@ from fastdiff.errors import (
 
 if TYPE_CHECKING:
     from fastdiff.engine import sampling_run
-    from fastdiff.methods import EncoderPropagation, ExitSchedule, FeatureInheritance, LayerSkipping
+    from fastdiff.methods import EncoderPropagation, ExitSchedule, FeatureInheritance, LayerSkipping, SkipTuning
     from fastdiff.pipelines import FastDiffPipeline, disable, disabled, enable, is_enabled
     from fastdiff.plan import Action, ComputePlan
 
@@ -41,6 +41,7 @@ __all__ = [
     "LayerSkipping",
     "PlanError",
     "ProfileMismatchError",
+    "SkipTuning",
     "StateError",
     "UnsupportedBackboneError",
     "UnsupportedPipelineError",
@@ -58,6 +59,7 @@ _LAZY = {
     "ExitSchedule": "fastdiff.methods",
     "FeatureInheritance": "fastdiff.methods",
     "LayerSkipping": "fastdiff.methods",
+    "SkipTuning": "fastdiff.methods",
     "FastDiffPipeline": "fastdiff.pipelines",
     "disable": "fastdiff.pipelines",
     "disabled": "fastdiff.pipelines",

@@ -168,5 +168,5 @@ class Backbone:
 
     @property
     def skips(self) -> int:
-        """Number of long skip connections."""
-        return sum(len(site.skips) for site in self.skip_sites)
+        """Number of long skip connections that the encoder makes, up to the last that is read."""
+        return 1 + max((skip for site in self.skip_sites for skip in site.skips), default=-1)

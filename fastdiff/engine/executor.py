@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from fastdiff.engine.hooks import COMPUTE, Cell, InstalledHooks
 from fastdiff.engine.kept import Kept, Reuse, Shape, tensors
 from fastdiff.engine.program import Batch, Key, Program, Reading, extrapolation_weights, lower
 from fastdiff.engine.record import Call, DenoiserRecord
+from fastdiff.engine.skips import SkipScales, control_of
 from fastdiff.methods.base import PlanRequest
 from fastdiff.plan import Action, ComputePlan
 
@@ -30,6 +31,9 @@ GRAPHS = 64
 
 Planner = Callable[[PlanRequest], ComputePlan]
 """Makes the plan for the evaluations to come."""
+
+Scaler = Callable[[PlanRequest], SkipScales | None]
+"""Says by how much they read their long skips scaled."""
 
 
 class _BranchState:
@@ -69,6 +73,7 @@ class Executor:
         hooks: the acting hooks on the denoiser's units.
         clock: the call's step clock.
         planner: makes the plan, once for each grid.
+        scaler: says by how much long skips are scaled, once for each grid.
         exit_heads: modules that turn the hidden state at an exit into one for the output layers, by unit name.
     """
 
@@ -77,6 +82,7 @@ class Executor:
         hooks: InstalledHooks,
         clock: StepClock,
         planner: Planner,
+        scaler: Scaler,
         exit_heads: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.hooks = hooks
@@ -85,6 +91,7 @@ class Executor:
         self.context: str | None = None
         self._clock = clock
         self._planner = planner
+        self._scaler = scaler
         self._heads = dict(exit_heads or {})
         self._signature = inspect.signature(type(self.backbone.denoiser).forward)
         self._attached: list[Callable[[], None]] = []
@@ -94,6 +101,7 @@ class Executor:
     def restart(self) -> None:
         """Drop everything that belongs to the grid before."""
         self._program: Program | None = None
+        self._skip_scales: SkipScales | None = None
         self._first_evaluation = 0
         self._branches: dict[Branch, _BranchState] = {}
         self._finder = BranchFinder()
@@ -181,6 +189,7 @@ class Executor:
         held = None
         if self._program is None or reason:
             self.hooks.set_cells([self._computing(state, column) for column in range(len(self.backbone.units))])
+            self._scale_skips([row], arguments)
             self.record.fallbacks[reason] += 1
             actions = [int(Action.COMPUTE)] * len(self.backbone.units)
         else:
@@ -199,6 +208,7 @@ class Executor:
 
     def _arm(self, program: Program, row: int, state: _BranchState, arguments: dict[str, Any]) -> None:
         """Tell the units what to do in a row: their part of it, or nothing where the prediction is there already."""
+        self._scale_skips([], arguments)
         if row in state.answers:
             answer = state.answers.pop(row)
             self._answer = lambda: answer
@@ -207,11 +217,22 @@ class Executor:
         batch = program.batches.get(row)
         if batch is None or self._one_by_one(row, state, arguments):
             self.hooks.set_cells(self._cells(program, row, state))
+            self._scale_skips([row], arguments)
             return
         columns = program.encoding_columns(batch)
         encoding = self._cells(program, row, state)[:columns] if columns else []
         self.hooks.set_cells(encoding + self._idle(state)[columns:])
         self._answer = functools.partial(self._decode, program, batch, state, arguments)
+
+    def _scale_skips(self, rows: Sequence[int], arguments: Mapping[str, Any]) -> None:
+        """Tell by how much the decoder of these rows reads the long skips scaled in the coming call."""
+        if self._skip_scales is None:
+            return
+        sample = _sample(arguments)
+        scales = self._skip_scales.at(rows, None if sample is None else sample.device)
+        self.hooks.scale_skips(scales, None if self._skip_scales.scales_control else control_of(arguments))
+        if scales is not None:
+            self.record.skip_scales.update((self._first_evaluation + row, self._skip_scales.table[row]) for row in rows)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments by the names in the denoiser's forward."""
@@ -252,6 +273,7 @@ class Executor:
         self.record.measure = functools.partial(measure, self.backbone, dict(arguments))
         request = PlanRequest(self.backbone, grid.since(self._first_evaluation), self.record.measure)
         self._program = program = lower(self._planner(request), self.backbone)
+        self._skip_scales = self._scaler(request)
         self._grid = request.grid
         left_out = (program.plan.table == Action.DROP).any(axis=0) | bool(program.batches)
         self._needs_shape = [
@@ -348,7 +370,9 @@ class Executor:
         for start in range(0, len(batch.rows), room):
             rows = list(batch.rows[start : start + room])
             self.hooks.set_cells(self._reading_cells(program, batch.last, state, rows))
-            output = self._call(stacked(arguments, sample, self._grid, rows))
+            together = stacked(arguments, sample, self._grid, rows)
+            self._scale_skips(rows, together)
+            output = self._call(together)
             state.answers.update(zip(rows, taken_apart(output, len(rows)), strict=True))
             self.record.batches.append(len(rows))
             self._note_bytes(len(rows) * feature_bytes)

@@ -1,20 +1,25 @@
-"""The acting hook on each unit. This is the only module that touches diffusers' hook registry, which is private API."""
+"""The acting hooks on units and on what reads long skips.
+
+This is the only module that touches diffusers' hook registry, which is private API.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from fastdiff.backbones import Backbone, BlockIO, Unit
+from fastdiff.backbones import Backbone, BlockIO, SkipSite, Unit
 from fastdiff.backbones.base import Streams
 from fastdiff.engine.kept import Kept, Reuse, Shape, transformed
+from fastdiff.engine.skips import Scale, scaled
 from fastdiff.errors import StateError
 
 HOOK_NAME = "fastdiff"
+SKIP_HOOK_NAME = "fastdiff_skips"
 
 
 class Cell:
@@ -58,6 +63,8 @@ COMPUTE.plain = True
 
 class UnitHook(ModelHook):
     """Runs, reuses or passes one unit, as its current cell says."""
+
+    name = HOOK_NAME
 
     def __init__(self, unit: Unit) -> None:
         super().__init__()
@@ -112,6 +119,46 @@ class UnitHook(ModelHook):
                 kept.value = transformed(torch.clone, output) if self.fragile else output
 
 
+class SkipHook(ModelHook):
+    """Scales the long skips that a module is handed, without writing into them."""
+
+    name = SKIP_HOOK_NAME
+
+    def __init__(self, site: SkipSite) -> None:
+        super().__init__()
+        self.site = site
+        self.scales: tuple[Scale, ...] | None = None
+        self.control: tuple[torch.Tensor | None, ...] = ()
+        self.wrapped: Callable[..., Any] | None = None
+
+    def set(self, scales: Sequence[Scale] | None, control: Sequence[torch.Tensor] | None) -> None:
+        """Scale as this says, in the order of all skips; what ``control`` added to them stays as it is."""
+        skips = self.site.skips
+        own = None if scales is None else tuple(scales[skip] for skip in skips)
+        self.scales = None if own is None or all(scale is None for scale in own) else own
+        self.control = tuple(None if control is None else control[skip] for skip in skips)
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hands the module its arguments with the skips scaled."""
+        if self.scales is None:
+            return args, kwargs
+        name, position = self.site.argument, self.site.position
+        if name in kwargs:
+            return args, {**kwargs, name: self._scaled(kwargs[name])}
+        if position >= len(args):
+            return args, kwargs
+        return (*args[:position], self._scaled(args[position]), *args[position + 1 :]), kwargs
+
+    def _scaled(self, skips: Any) -> Any:
+        assert self.scales is not None
+        if not isinstance(skips, (list, tuple)):
+            return scaled(skips, self.scales[0], self.control[0])
+        return tuple(scaled(*parts) for parts in zip(skips, self.scales, self.control, strict=True))
+
+
+Hook = UnitHook | SkipHook
+
+
 def compute_rows(
     forward: Callable[..., Any], io: BlockIO, rows: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -159,9 +206,13 @@ class InstalledHooks:
             )
         self.backbone = backbone
         self.hooks = [UnitHook(unit) for unit in backbone.units]
-        for unit, hook in zip(backbone.units, self.hooks, strict=True):
-            HookRegistry.check_if_exists_or_initialize(unit.module).register_hook(hook, HOOK_NAME)
-            hook.wrapped = unit.module.forward
+        self.skip_hooks = [SkipHook(site) for site in backbone.skip_sites]
+        # A module that has both scales inside of its unit's hook: only where it runs.
+        self._placed: list[tuple[nn.Module, Hook]] = [(hook.site.module, hook) for hook in self.skip_hooks]
+        self._placed += [(unit.module, hook) for unit, hook in zip(backbone.units, self.hooks, strict=True)]
+        for module, hook in self._placed:
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, hook.name)
+            hook.wrapped = module.forward
         self._forget_cached_registries()
 
     def set_cells(self, cells: list[Cell]) -> None:
@@ -169,20 +220,31 @@ class InstalledHooks:
         for hook, cell in zip(self.hooks, cells, strict=True):
             hook.cell = cell
 
+    def scale_skips(self, scales: Sequence[Scale] | None, control: Sequence[torch.Tensor] | None = None) -> None:
+        """Tell by how much the long skips are scaled in the coming call.
+
+        Args:
+            scales: one for each skip, in the order in which they are made; None for no scaling.
+            control: what is added to each skip but not to be scaled; None for nothing.
+        """
+        for hook in self.skip_hooks:
+            hook.set(scales, control)
+
     def compute_all(self) -> None:
         """Make every unit run as if there were no hook."""
         for hook in self.hooks:
             hook.cell = COMPUTE
+        self.scale_skips(None)
 
     @property
     def in_place(self) -> bool:
-        """Whether every unit still calls its hook; accelerate takes later hooks along when it takes off its own."""
-        return not any(_is_lost(unit.module, hook) for unit, hook in zip(self.backbone.units, self.hooks, strict=True))
+        """Whether every module still calls its hook; accelerate takes later hooks along when it takes off its own."""
+        return not any(_is_lost(module, hook) for module, hook in self._placed)
 
     def remove(self) -> None:
-        """Take the hooks off, leaving each unit's forward as it was found."""
-        for unit, hook in zip(self.backbone.units, self.hooks, strict=True):
-            _remove_hook(unit.module, hook)
+        """Take the hooks off, leaving each module's forward as it was found."""
+        for module, hook in reversed(self._placed):
+            _remove_hook(module, hook)
         self._forget_cached_registries()
 
     def _forget_cached_registries(self) -> None:
@@ -192,7 +254,7 @@ class InstalledHooks:
             root._child_registries_cache = None
 
 
-def _is_lost(module: nn.Module, hook: UnitHook) -> bool:
+def _is_lost(module: nn.Module, hook: Hook) -> bool:
     """Whether a module's forward leads to its class without passing the hook."""
     forward: Any = module.forward
     while forward is not hook.wrapped and getattr(forward, "__func__", None) is not type(module).forward:
@@ -202,11 +264,11 @@ def _is_lost(module: nn.Module, hook: UnitHook) -> bool:
     return forward is not hook.wrapped
 
 
-def _remove_hook(module: nn.Module, hook: UnitHook) -> None:
+def _remove_hook(module: nn.Module, hook: Hook) -> None:
     registry: HookRegistry = module._diffusers_hook
     outermost = module.__dict__.get("forward")
-    wrapped_since = registry._hook_order[-1] == HOOK_NAME and outermost is not hook.wrapped
-    registry.remove_hook(HOOK_NAME, recurse=False)
+    wrapped_since = registry._hook_order[-1] == hook.name and outermost is not hook.wrapped
+    registry.remove_hook(hook.name, recurse=False)
     if wrapped_since:
         # accelerate wraps a module by calling its `_old_forward`: put ours out of that, and leave the wrapper in place.
         if module.__dict__.get("_old_forward") is hook.wrapped:

@@ -37,6 +37,8 @@ class DenoiserRecord:
         fallbacks: reasons for which a call computed more than its plan said, with how often.
         batches: evaluations that each call with several of them made at once.
         one_by_one: reasons for which evaluations that could have been one batch were not, with how often.
+        skip_scales: by how much each long skip was scaled as the decoder read it, shape ``(skips,)`` in the order in
+            which they are made; by evaluation, for those in which any was.
         peak_bytes: most bytes held at any time in what was kept: residuals, features, predictions made ahead.
         measure: counts and times one full evaluation with this call's shapes; takes a few evaluations when first used.
     """
@@ -48,6 +50,7 @@ class DenoiserRecord:
     fallbacks: Counter[str] = field(default_factory=Counter)
     batches: list[int] = field(default_factory=list)
     one_by_one: Counter[str] = field(default_factory=Counter)
+    skip_scales: dict[int, np.ndarray] = field(default_factory=dict)
     peak_bytes: int = 0
     measure: Callable[[], UnitCosts] | None = None
 
@@ -98,6 +101,9 @@ class DenoiserRecord:
         yield f"  computed {self.computed_share:.1%} of the cells{macs}; kept at most {self.peak_bytes / 2**20:.2f} MiB"
         if self.batches:
             yield f"  {sum(self.batches)} evaluations made in {len(self.batches)} batches of up to {max(self.batches)}"
+        if self.skip_scales:
+            scales = np.array(list(self.skip_scales.values()))
+            yield f"  long skips scaled by {scales.min():.3g} to {scales.max():.3g} in {len(scales)} evaluation(s)"
         for reason, times in self.one_by_one.items():
             yield f"  {times} batch(es) made one evaluation at a time: {reason}"
         for reason, times in self.fallbacks.items():
@@ -124,6 +130,11 @@ class RunRecord:
     def skipped(self) -> int:
         """Cells that were not computed, over all denoisers."""
         return sum(record.skipped for record in self.denoisers.values())
+
+    @property
+    def scaled(self) -> bool:
+        """Whether any long skip was scaled in any evaluation."""
+        return any(record.skip_scales for record in self.denoisers.values())
 
     @property
     def calls(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import warnings
@@ -18,6 +19,7 @@ from fastdiff.engine.clock import Grid, StepClock
 from fastdiff.engine.executor import Executor
 from fastdiff.engine.hooks import InstalledHooks
 from fastdiff.engine.record import RunRecord
+from fastdiff.engine.skips import SkipScales
 from fastdiff.errors import FastDiffNoEffectWarning
 from fastdiff.methods.base import Method, as_methods, level_of, make_planner
 
@@ -51,7 +53,10 @@ class SamplingRun:
         self.clock = StepClock(on_tick=self._next_evaluation, on_start=self._restart, edit=edit)
         planner = make_planner(self._methods)
         heads = {unit: head for method in self._methods for unit, head in method.exit_heads().items()}
-        self._executors = {name: Executor(hooks, self.clock, planner, heads) for name, (_, hooks) in denoisers.items()}
+        scaler = functools.partial(SkipScales.of, self._methods)
+        self._executors = {
+            name: Executor(hooks, self.clock, planner, scaler, heads) for name, (_, hooks) in denoisers.items()
+        }
         records = {name: executor.record for name, executor in self._executors.items()}
         self.record = RunRecord(tuple(str(method) for method in self._methods), records)
 
@@ -87,14 +92,14 @@ class SamplingRun:
             executor.restart()
 
     def _warn_without_effect(self) -> None:
-        if self.record.skipped or all(method.is_neutral for method in self._methods):
+        if self.record.skipped or self.record.scaled or all(method.is_neutral for method in self._methods):
             return
         reasons = {reason for record in self.record.denoisers.values() for reason in record.fallbacks}
         if not self.record.calls:
             reasons = {"no accelerated denoiser was called"}
         elif not reasons and self.clock.grid is not None and len(self.clock.grid) <= FEW_STEPS:
             reasons = {f"{len(self.clock.grid)} evaluations are too few for this setting; see the plan"}
-        why = "; ".join(sorted(reasons)) or "the plan computes every unit in every evaluation"
+        why = "; ".join(sorted(reasons)) or "the plan computes every unit in every evaluation, and scales no long skip"
         names = " + ".join(self.record.methods)
         message = f"{names} skipped nothing in this call: {why}."
         warnings.warn(message, FastDiffNoEffectWarning, stacklevel=_callers_level())

@@ -7,6 +7,7 @@ from fastdiff.methods.encoder_propagation import EncoderPropagation
 from fastdiff.methods.exit_schedule import ExitSchedule
 from fastdiff.methods.feature_inheritance import FeatureInheritance
 from fastdiff.methods.layer_skipping import LayerSkipping
+from fastdiff.methods.skip_tuning import SkipTuning
 
 __all__ = [
     "EncoderPropagation",
@@ -16,5 +17,6 @@ __all__ = [
     "Method",
     "PlanRequest",
     "SavedPlan",
+    "SkipTuning",
     "as_methods",
 ]

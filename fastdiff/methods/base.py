@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from torch import nn
 
 from fastdiff.errors import ConfigError, ProfileMismatchError
@@ -69,6 +70,18 @@ class Method:
     def view_level(self) -> str:
         """How finely a denoiser must be seen for it (`fastdiff.backbones.view`)."""
         return "layer"
+
+    def skip_scales(self, request: PlanRequest) -> np.ndarray | None:
+        """By how much the decoder reads each long skip scaled in each evaluation; None for not at all.
+
+        An array of shape ``(evaluations, skips)``, float64, skips in the order in which the encoder makes them.
+        """
+        return None
+
+    @property
+    def scales_control(self) -> bool:
+        """Whether what ControlNets add to a long skip is scaled with it."""
+        return True
 
     def latent_edit(self, backbone: Backbone) -> LatentEdit | None:
         """What changes the latents between evaluations of this denoiser."""
