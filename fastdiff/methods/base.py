@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from fastdiff.errors import ConfigError, ProfileMismatchError
-from fastdiff.plan import ComputePlan, merge
+from fastdiff.plan import Action, ComputePlan, merge
 
 if TYPE_CHECKING:
     from fastdiff.backbones import Backbone
@@ -192,6 +192,20 @@ def make_planner(methods: Sequence[Method]) -> Callable[[PlanRequest], ComputePl
 def level_of(methods: Sequence[Method]) -> str:
     """How finely a denoiser must be seen for all of some methods."""
     return "branch" if any(method.view_level == "branch" for method in methods) else "layer"
+
+
+def inheriting(plan: ComputePlan, units: np.ndarray, keys: np.ndarray, order: int) -> np.ndarray:
+    """A full plan's table in which some units inherit, or forecast, what the last key evaluations computed.
+
+    Args:
+        plan: the full plan.
+        units: which units inherit, a boolean array of shape ``(units,)``.
+        keys: which evaluations are keys, a boolean array of shape ``(evaluations,)``, the first among them.
+        order: degree of the forecast; 0 to carry the last value over.
+    """
+    inherited = units & ~keys[:, None]
+    is_forecast = inherited & (np.cumsum(keys)[:, None] >= 2) & (order > 0)  # a forecast needs two keys before it
+    return np.where(is_forecast, Action.FORECAST, np.where(inherited, Action.REUSE, plan.table))
 
 
 def as_methods(methods: Any) -> tuple[Method, ...]:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from fastdiff.errors import ConfigError
-from fastdiff.methods.base import Method, PlanRequest, check_flag, check_number
-from fastdiff.plan import Action, ComputePlan
+from fastdiff.methods.base import Method, PlanRequest, check_flag, check_number, inheriting
+from fastdiff.plan import ComputePlan
 
 if TYPE_CHECKING:
     from fastdiff.backbones import Backbone
@@ -66,6 +66,8 @@ class EncoderPropagation(Method):
             as the published parallel code does.
         official_truncate: cut a named set to the call's length in place of rescaling it, as the published code does.
         encoder_share: for transformers, the share of the blocks that count as encoder (18 of 28 as published).
+        order: degree of the polynomial through the last keys that features are forecast with, 0 (propagate, as
+            published) to 3. Not in the paper.
 
     Raises:
         ConfigError: for a value out of range; when the plan is made, for keys that do not fit the call, or a model
@@ -80,12 +82,14 @@ class EncoderPropagation(Method):
     inject: str = "before"
     official_truncate: bool = False
     encoder_share: float = 18 / 28
+    order: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flag(self, "parallel")
         check_flag(self, "official_truncate")
         check_number(self, "tau", 0, 1)
+        check_number(self, "order", 0, 3, whole=True)
         check_number(self, "encoder_share", 0, 1)
         if self.max_parallel is not None:
             check_number(self, "max_parallel", 1, 10_000, whole=True)
@@ -136,6 +140,9 @@ class EncoderPropagation(Method):
             )
         return tuple(sorted(set(keys)))
 
+    def _is_key(self, evaluations: int) -> np.ndarray:
+        return np.isin(np.arange(evaluations), self.key_evaluations(evaluations))
+
     def plan(self, request: PlanRequest) -> ComputePlan:
         """The encoder is computed in the rows of key evaluations and reused in all others."""
         plan = request.full_plan(self)
@@ -146,10 +153,10 @@ class EncoderPropagation(Method):
                 "function from the number of evaluations to the keys."
             )
         reused, replaced = self._encoded_units(request.backbone)
-        rows = ~np.isin(np.arange(plan.evaluations), self.key_evaluations(plan.evaluations))
-        table = plan.table.copy()
-        table[np.ix_(rows, np.isin(plan.units, reused))] = Action.REUSE
+        table = inheriting(plan, np.isin(plan.units, reused), self._is_key(plan.evaluations), self.order)
         how: dict[str, Any] = {"parallel": self.parallel, "replaced": replaced}
+        if self.order:
+            how["forecast_order"] = self.order
         if self.max_parallel is not None:
             how["max_parallel"] = self.max_parallel
         return ComputePlan(table, plan.units, {**plan.meta, **how})

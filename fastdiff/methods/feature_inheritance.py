@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastdiff.errors import ConfigError
-from fastdiff.methods.base import Method, PlanRequest, check_flag, check_number, check_tuple
+from fastdiff.methods.base import Method, PlanRequest, check_flag, check_number, check_tuple, inheriting
 from fastdiff.plan import Action, ComputePlan
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 PATTERNS = ("uniform", "head_dense", "tail_dense", "list")
 UNET_LEVELS = ("stage", "layer", "branch")
-DEFAULT_KEEP_UP = 2
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ class FeatureInheritance(Method):
         dense: share of the evaluations in the dense part, in [0, 1].
         span: for transformers, the inherited units as ``(start, stop)`` of a slice; negative counts from the end. All
             by default: a longer span saves more and was no worse where it was measured.
-        level: for UNets, what ``keep_up`` counts: ``"stage"`` (the default) or ``"layer"``, a resnet with its
-            attentions. ``"branch"`` counts stages too, but in the rest of them only the residual branches inherit:
+        level: for UNets, what ``keep_up`` counts: ``"layer"`` (the default), a resnet with its attentions, or
+            ``"stage"``. ``"branch"`` counts stages too, but in the rest of them only the residual branches inherit:
             convolutions, attentions and feed-forwards, each added to the fresh hidden state.
-        keep_up: for UNets, how many of the shallowest up stages or layers are computed at every evaluation; 2 by
-            default.
+        keep_up: for UNets, how many of the shallowest up layers or stages are computed at every evaluation; by
+            default one layer or two stages. One layer saves most and was no worse where it was measured.
         order: degree of the forecast, 0 (reuse) to 3.
         last_key: whether the last evaluation is a key.
         min_evaluations: calls with fewer evaluations, as few-step models make them, are computed in full.
@@ -131,14 +130,11 @@ class FeatureInheritance(Method):
         """Key evaluations are computed, in all others the chosen units inherit."""
         plan = request.full_plan(self)
         keys = self.key_evaluations(plan.evaluations)
-        inherited = self._inheriting(request.backbone) & ~keys[:, None]
-        seen = np.cumsum(keys)[:, None]  # a forecast needs two keys before it
-        is_forecast = inherited & (seen >= 2) & (self.order > 0)
-        table = np.where(is_forecast, Action.FORECAST, np.where(inherited, Action.REUSE, Action.COMPUTE))
+        table = inheriting(plan, self._inheriting_units(request.backbone), keys, self.order)
         forecast = {"forecast_order": self.order} if self.order else {}
         return ComputePlan(table, plan.units, {**plan.meta, **forecast})
 
-    def _inheriting(self, backbone: Backbone) -> np.ndarray:
+    def _inheriting_units(self, backbone: Backbone) -> np.ndarray:
         """The units that inherit between keys, a boolean array of shape ``(units,)``."""
         is_unet = any(unit.stage.startswith("up_blocks.") for unit in backbone.units)
         given = {"level": self.level, "keep_up": self.keep_up} if not is_unet else {}
@@ -160,13 +156,14 @@ class FeatureInheritance(Method):
 
     def _deep_units(self, backbone: Backbone) -> np.ndarray:
         """The unit whose output enters the layers that are kept, or the branches of all that is not kept."""
-        groups = [unit.stage if self.level != "layer" else unit.layer for unit in backbone.units]
+        by_layer = self.level in (None, "layer")
+        groups = [unit.layer if by_layer else unit.stage for unit in backbone.units]
         ups = [group for group in dict.fromkeys(groups) if group.startswith("up_blocks.") and group[-1].isdigit()]
-        keep = DEFAULT_KEEP_UP if self.keep_up is None else self.keep_up
+        keep = (1 if by_layer else 2) if self.keep_up is None else self.keep_up
         if keep >= len(ups):
             raise ConfigError(
                 f"FeatureInheritance.keep_up={keep} leaves nothing to inherit: this {backbone.class_name} has "
-                f"{len(ups)} up {'layers' if self.level == 'layer' else 'stages'}. Keep fewer."
+                f"{len(ups)} up {'layers' if by_layer else 'stages'}. Keep fewer."
             )
         after = groups.index(ups[-keep]) if keep else groups.index(ups[-1]) + groups.count(ups[-1])
         units = np.arange(len(groups))

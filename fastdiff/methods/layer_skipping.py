@@ -96,8 +96,8 @@ class LayerSkipping(Method):
         plan = request.full_plan(self)
         if any(trait.reuse != "residual" for trait in request.backbone.traits):
             raise ConfigError(
-                f"LayerSkipping leaves out blocks of a residual stack; a {request.backbone.class_name} changes shape on "
-                "the way. Use FeatureInheritance or EncoderPropagation for it."
+                f"LayerSkipping leaves out blocks of a residual stack; a {request.backbone.class_name} changes shape "
+                "on the way. Use FeatureInheritance or EncoderPropagation for it."
             )
         rows, units = plan.table.shape
         keys = np.arange(rows) % self.interval == 0 if self.interval else np.arange(rows) == 0
