@@ -114,7 +114,7 @@ class SkipSite:
     """A module that is handed long skip connections.
 
     Args:
-        module: the up block.
+        module: the up block, or the block itself.
         argument: name of the forward parameter that carries them, a tensor or a tuple of which the last is read first.
         position: its place among the positional arguments.
         skips: numbers of the skips in the tuple's order, counted from the first that the encoder makes.
@@ -124,6 +124,18 @@ class SkipSite:
     argument: str
     position: int
     skips: tuple[int, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, argument: str, skips: tuple[int, ...]) -> SkipSite:
+        """The same, with the argument's place from the module's signature.
+
+        Raises:
+            AttributeError: if the module's forward has no such parameter.
+        """
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        if argument not in names:
+            raise AttributeError(f"{type(module).__name__}.forward has no parameter {argument!r}")
+        return cls(module, argument, names.index(argument), skips)
 
 
 @dataclass(frozen=True)

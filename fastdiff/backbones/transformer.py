@@ -12,7 +12,7 @@ from itertools import chain
 
 from torch import nn
 
-from fastdiff.backbones.base import Backbone, BlockIO, Unit
+from fastdiff.backbones.base import Backbone, BlockIO, SkipSite, Unit
 from fastdiff.errors import ConfigError, UnsupportedBackboneError
 from fastdiff.plan import UnitTraits
 
@@ -31,6 +31,11 @@ BLOCK_LISTS = (
 
 INTERLEAVED_LISTS = {"LatteTransformer3DModel": ("transformer_blocks", "temporal_transformer_blocks")}
 """Denoisers that take one block of each list in turn, reshaping in between."""
+
+U_SHAPED = ("UniDiffuserModel", "UTransformer2DModel")
+"""Denoisers built as a U-ViT: the blocks of the second half come in pairs with the modules that read long skips."""
+
+SKIP_ARGUMENT = "skip"
 
 WRITES_BLOCK_OUTPUTS = ("BriaTransformer2DModel", "ChromaTransformer2DModel")
 """Denoisers whose loop adds ControlNet residuals to a block's output in place, which may be a passed-through input."""
@@ -127,7 +132,14 @@ def transformer_backbone(denoiser: nn.Module) -> Backbone:
             f"found {', '.join(found) or 'no module list at all'}. A denoiser of your own needs its blocks in an "
             "nn.ModuleList of one of these names."
         )
-    return Backbone(denoiser, tuple(units))
+    return Backbone(denoiser, tuple(units), skip_sites=_skip_sites(units))
+
+
+def _skip_sites(units: Sequence[Unit]) -> tuple[SkipSite, ...]:
+    """The blocks that read long skips, as HunyuanDiT and U-ViTs have them: what was made last is read first."""
+    readers = [unit.module for unit in units if getattr(unit.module, "skip_linear", None) is not None]
+    numbers = reversed(range(len(readers)))
+    return tuple(SkipSite.of(module, SKIP_ARGUMENT, (skip,)) for module, skip in zip(readers, numbers, strict=True))
 
 
 NamedBlocks = list[tuple[str, nn.Module]]
@@ -139,6 +151,9 @@ def _segments(denoiser: nn.Module) -> Iterator[NamedBlocks]:
         lists = [_named(denoiser, name) for name in INTERLEAVED_LISTS[kind]]
         yield from ([block] for block in chain.from_iterable(zip(*lists, strict=True)))
         return
+    if kind in U_SHAPED:
+        yield _u_shaped(denoiser)
+        return
     for name in BLOCK_LISTS:
         blocks = _named(denoiser, name)
         if name == "single_transformer_blocks" and (decoder := _starts_over(denoiser)):
@@ -146,6 +161,17 @@ def _segments(denoiser: nn.Module) -> Iterator[NamedBlocks]:
             blocks = blocks[-decoder:]
         if blocks:
             yield blocks
+
+
+def _u_shaped(denoiser: nn.Module) -> NamedBlocks:
+    """The blocks of a U-ViT in execution order."""
+    inner = "transformer." if type(denoiser).__name__ == "UniDiffuserModel" else ""
+    blocks = getattr(denoiser, "transformer", denoiser)
+    names = [f"transformer_in_blocks.{index}" for index in range(len(blocks.transformer_in_blocks))]
+    names.append("transformer_mid_block")
+    for index in range(len(blocks.transformer_out_blocks)):
+        names += [f"transformer_out_blocks.{index}.{part}" for part in ("skip", "block")]
+    return [(inner + name, blocks.get_submodule(name)) for name in names]
 
 
 def _starts_over(denoiser: nn.Module) -> int:

@@ -7,7 +7,6 @@ column.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -219,7 +218,7 @@ def _cascade_layout(unet: nn.Module, columns: _Columns) -> None:
             taken = columns.take_skips(1) if index and not place else ()
             columns.add(f"up_blocks.{index}.{place}", block, reads=tuple(columns.skips[skip] for skip in taken))
             if taken:
-                columns.sites.append(_site(block, "x_skip", taken))
+                columns.sites.append(SkipSite.of(block, "x_skip", taken))
         columns.add(f"up_upscalers.{index}", unet.up_upscalers[index])
     columns.add("clf", unet.clf)
 
@@ -233,7 +232,7 @@ def _audio_layout(unet: nn.Module, columns: _Columns) -> None:
         columns.add("mid_block", unet.mid_block)
     for index, stage in enumerate(unet.up_blocks):
         taken = columns.take_skips(1)
-        columns.sites.append(_site(stage, SKIPS_ARGUMENT, taken))
+        columns.sites.append(SkipSite.of(stage, SKIPS_ARGUMENT, taken))
         columns.add(f"up_blocks.{index}", stage, tuple(columns.skips[skip] for skip in taken), fragile=True)
     if unet.out_block is not None:
         columns.add("out_block", unet.out_block, fragile=True)
@@ -252,7 +251,7 @@ def _control_xs_layout(unet: nn.Module, columns: _Columns) -> None:
     columns.add("mid_block", unet.mid_block, fragile=True)
     for index, stage in enumerate(unet.up_blocks):
         taken = columns.take_skips(len(stage.resnets))
-        columns.sites.append(_site(stage, f"{SKIPS_ARGUMENT}_base", taken))
+        columns.sites.append(SkipSite.of(stage, f"{SKIPS_ARGUMENT}_base", taken))
         makers = [columns.skips[skip] for skip in taken]
         beside = columns.beside if 0 in taken else []
         columns.add(f"up_blocks.{index}", stage, tuple(dict.fromkeys([*makers, *beside])), fragile=True)
@@ -308,7 +307,7 @@ def _down_stage(name: str, stage: nn.Module, columns: _Columns, fragile: bool) -
 
 def _up_stage(name: str, stage: nn.Module, columns: _Columns, fragile: bool) -> None:
     taken = columns.take_skips(len(stage.resnets))
-    columns.sites.append(_site(stage, SKIPS_ARGUMENT, taken))
+    columns.sites.append(SkipSite.of(stage, SKIPS_ARGUMENT, taken))
     makers = [columns.skips[skip] for skip in taken]
     if type(stage).__name__ not in LAYERED_STAGES:
         columns.add(name, stage, reads=tuple(dict.fromkeys(makers)))
@@ -339,13 +338,6 @@ def _middle(stage: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _is_karras(stage: nn.Module) -> bool:
     """Stages of the latent upscaler, whose samplers make no skip."""
     return type(stage).__name__ in ("KDownBlock2D", "KCrossAttnDownBlock2D")
-
-
-def _site(module: nn.Module, argument: str, skips: tuple[int, ...]) -> SkipSite:
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    if argument not in names:
-        raise AttributeError(f"{type(module).__name__}.forward has no parameter {argument!r}")
-    return SkipSite(module, argument, names.index(argument), skips)
 
 
 # -- columns -----------------------------------------------------------------------------------------------------------

@@ -93,7 +93,11 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _conditioning_arguments(arguments: Mapping[str, Any]) -> list[Any]:
-    named = [value for name, value in arguments.items() if any(part in name for part in CONDITIONING)]
+    named = [
+        value
+        for name, value in arguments.items()
+        if any(part in name for part in CONDITIONING) and not name.startswith("timestep")  # UniDiffuser's timestep_text
+    ]
     if any(True for _ in _tensors(named)):
         return named
     first = next(iter(arguments), None)  # a denoiser takes the noisy sample first
