@@ -126,6 +126,11 @@ class Acceleration:
                 f"{type(self._pipe).__name__} needs a scheduler and a denoiser under one of the names "
                 f"{', '.join(DENOISERS)}; it has the components {', '.join(self._pipe.components)}."
             )
+        if missing := [name for name in ("set_timesteps", "step") if not hasattr(self._pipe.scheduler, name)]:
+            raise UnsupportedPipelineError(
+                f"fastdiff counts evaluations by the scheduler's set_timesteps and step, and "
+                f"{type(self._pipe.scheduler).__name__} has no {missing[0]}. Set another scheduler first."
+            )
         backbones: dict[str, Backbone] = {}
         unsupported: list[UnsupportedBackboneError] = []
         for name, module in self._modules().items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -95,11 +95,27 @@ def room_for(feature_bytes: int, device: torch.device) -> int:
     return max(1, int(free / 2 / (DECODER_MEMORY * max(1, feature_bytes))))
 
 
-def mixing_processor(modules: Iterable[nn.Module]) -> str | None:
+OBSERVED = (
+    "AttendExciteAttnProcessor",
+    "CrossAttnStoreProcessor",
+    "LEDITSCrossAttnProcessor",
+    "Pix2PixZeroAttnProcessor",
+)
+"""Attention processors that keep what they saw for their pipeline, which reads it after every call."""
+
+
+def processors(denoiser: nn.Module) -> Iterator[type]:
+    """The classes of a denoiser's attention processors."""
+    attentions = (module for module in denoiser.modules() if hasattr(module, "set_processor"))
+    return (type(module.processor) for module in attentions if getattr(module, "processor", None) is not None)
+
+
+def mixing_processor(kinds: Iterable[type]) -> str | None:
     """The name of an attention processor that may mix the rows of a batch, as those of some pipelines do."""
-    for module in modules:
-        kind = type(getattr(module, "processor", None))
-        ours = kind.__module__.startswith("diffusers.models.") and "PAG" not in kind.__name__
-        if kind is not type(None) and hasattr(module, "set_processor") and not ours:
-            return kind.__name__
-    return None
+    unknown = (kind for kind in kinds if not kind.__module__.startswith("diffusers.models.") or "PAG" in kind.__name__)
+    return next((kind.__name__ for kind in unknown), None)
+
+
+def observed_processor(kinds: Iterable[type]) -> str | None:
+    """The name of an attention processor whose pipeline needs it to run in every call."""
+    return next((kind.__name__ for kind in kinds if kind.__name__ in OBSERVED), None)

@@ -15,7 +15,17 @@ from torch import nn
 
 from fastdiff.backbones import unwrap
 from fastdiff.cost import measure
-from fastdiff.engine.batching import CONTROL, is_at, mixing_processor, room_for, stacked, taken_apart, timestep_name
+from fastdiff.engine.batching import (
+    CONTROL,
+    is_at,
+    mixing_processor,
+    observed_processor,
+    processors,
+    room_for,
+    stacked,
+    taken_apart,
+    timestep_name,
+)
 from fastdiff.engine.branches import Branch, BranchFinder
 from fastdiff.engine.clock import Grid, StepClock
 from fastdiff.engine.hooks import COMPUTE, Cell, InstalledHooks
@@ -251,6 +261,10 @@ class Executor:
             return "more evaluations than the scheduler's grid has"
         if arguments.get("skip_layers"):
             return "the pipeline itself leaves out layers (skip_layers)"
+        if self._observed:
+            return f"the pipeline reads what {self._observed} sees in every call"
+        if torch.is_grad_enabled() and getattr(_sample(arguments), "requires_grad", False):
+            return "the pipeline takes gradients through the call"
         if row in state.answers:
             return "" if self._is_at(row, arguments) else "another timestep than the prediction was made for"
         if not all(state.holds(key) for reading in self._program.readings[row] for key in reading.sources):
@@ -279,7 +293,8 @@ class Executor:
         self._needs_shape = [
             bool(out) and not unit.traits.same_shape for out, unit in zip(left_out, self.backbone.units, strict=True)
         ]
-        self._mixing = mixing_processor(self.backbone.denoiser.modules()) if program.batches else None
+        kinds = set(processors(self.backbone.denoiser))
+        self._mixing, self._observed = mixing_processor(kinds), observed_processor(kinds)
         self.record.plans.append(program.plan)
 
     def _state(self, branch: Branch, arguments: Mapping[str, Any]) -> _BranchState:

@@ -154,7 +154,8 @@ class EncoderPropagation(Method):
             )
         reused, replaced = self._encoded_units(request.backbone)
         table = inheriting(plan, np.isin(plan.units, reused), self._is_key(plan.evaluations), self.order)
-        how: dict[str, Any] = {"parallel": self.parallel, "replaced": replaced}
+        # What a ControlNet made at a key is held by the denoiser that it is for; nothing of it is left to decode.
+        how: dict[str, Any] = {"parallel": self.parallel and not request.backbone.is_control, "replaced": replaced}
         if self.order:
             how["forecast_order"] = self.order
         if self.max_parallel is not None:

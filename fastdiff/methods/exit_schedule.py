@@ -148,6 +148,8 @@ class ExitSchedule(Method):
     def plan(self, request: PlanRequest) -> ComputePlan:
         """Each row exits at its timestep's depth."""
         plan = request.full_plan(self)
+        if self.is_neutral:
+            return plan
         units = len(plan.units)
         depths = self.depth_at(self._noise(request.grid), units)
         table = np.where(np.arange(units) >= depths[:, None], Action.EXIT, Action.COMPUTE)
