@@ -1,6 +1,6 @@
 """Small trained models that ship with fastdiff, so that everything can be tried and measured offline.
 
-`path` gives the folder of a model; pipelines are plain diffusers folders that `DiTPipeline.from_pretrained` loads
+`path` gives the folder of a model; pipelines are plain diffusers folders that `DiffusionPipeline.from_pretrained` loads
 without fastdiff. How they were made and how well they do is in ``docs/zoo.md``.
 """
 
@@ -16,6 +16,7 @@ _PREFIX = "zoo:"
 _MODELS = {
     "glyphs-dit": "class-conditional latent DiT of digits and capital letters, 14 blocks",
     "glyphs-dit-ase": "the same, fine-tuned to exit early under the schedule 'ase-demo'",
+    "glyphs-sd": "text-to-image StableDiffusionPipeline of digits and capital letters in two colours",
     "glyphs-cnn": "reads character, font and colours of a glyph image; its features serve for distances",
 }
 
