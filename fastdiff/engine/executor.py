@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -27,10 +26,11 @@ from fastdiff.engine.batching import (
     timestep_name,
 )
 from fastdiff.engine.branches import Branch, BranchFinder
+from fastdiff.engine.cells import RowCells
 from fastdiff.engine.clock import Grid, StepClock
-from fastdiff.engine.hooks import COMPUTE, Cell, InstalledHooks
-from fastdiff.engine.kept import Kept, Reuse, Shape, tensors
-from fastdiff.engine.program import Batch, Key, Program, Reading, extrapolation_weights, lower
+from fastdiff.engine.hooks import InstalledHooks
+from fastdiff.engine.kept import BranchState
+from fastdiff.engine.program import Batch, Program, lower
 from fastdiff.engine.record import Call, DenoiserRecord
 from fastdiff.engine.skips import SkipScales, control_of
 from fastdiff.methods.base import PlanRequest
@@ -44,36 +44,6 @@ Planner = Callable[[PlanRequest], ComputePlan]
 
 Scaler = Callable[[PlanRequest], SkipScales | None]
 """Says by how much they read their long skips scaled."""
-
-
-class _BranchState:
-    """What one guidance branch keeps, all for samples of one layout.
-
-    Args:
-        layout: shape, dtype and device of the sample.
-        units: number of units.
-    """
-
-    def __init__(self, layout: tuple[Any, ...], units: int) -> None:
-        self.layout = layout
-        self.kept: dict[Key, Kept] = {}
-        self.shapes = [Shape() for _ in range(units)]
-        self.answers: dict[int, Any] = {}  # predictions made ahead of their rows
-        self.control: dict[str, Any] = {}  # what was added to the features that are kept
-
-    def holds(self, key: Key) -> bool:
-        """Whether this was computed and not freed since."""
-        return key in self.kept and self.kept[key].value is not None
-
-    def held_control(self) -> dict[str, Any]:
-        """The control arguments as they were given; UNets empty the lists."""
-        return {name: list(value) if isinstance(value, list) else value for name, value in self.control.items()}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        kept = sum(kept.nbytes for kept in self.kept.values())
-        return kept + sum(tensor.nbytes for tensor in tensors([list(self.answers.values()), self.control]))
 
 
 class Executor:
@@ -113,7 +83,7 @@ class Executor:
         self._program: Program | None = None
         self._skip_scales: SkipScales | None = None
         self._first_evaluation = 0
-        self._branches: dict[Branch, _BranchState] = {}
+        self._branches: dict[Branch, BranchState] = {}
         self._finder = BranchFinder()
         self._answer: Callable[[], Any] | None = None
 
@@ -198,7 +168,9 @@ class Executor:
         reason = self._reason_to_compute(row, state, arguments)
         held = None
         if self._program is None or reason:
-            self.hooks.set_cells([self._computing(state, column) for column in range(len(self.backbone.units))])
+            self.hooks.compute_all()
+            if self._program is not None:
+                self.hooks.set_cells(self._cells.computing(state))
             self._scale_skips([row], arguments)
             self.record.fallbacks[reason] += 1
             actions = [int(Action.COMPUTE)] * len(self.backbone.units)
@@ -216,22 +188,22 @@ class Executor:
         answer, self._answer = self._answer, None
         return answer()
 
-    def _arm(self, program: Program, row: int, state: _BranchState, arguments: dict[str, Any]) -> None:
+    def _arm(self, program: Program, row: int, state: BranchState, arguments: dict[str, Any]) -> None:
         """Tell the units what to do in a row: their part of it, or nothing where the prediction is there already."""
         self._scale_skips([], arguments)
         if row in state.answers:
             answer = state.answers.pop(row)
             self._answer = lambda: answer
-            self.hooks.set_cells(self._idle(state))
+            self.hooks.set_cells(self._cells.idle(state))
             return
         batch = program.batches.get(row)
         if batch is None or self._one_by_one(row, state, arguments):
-            self.hooks.set_cells(self._cells(program, row, state))
+            self.hooks.set_cells(self._cells.of_row(row, state))
             self._scale_skips([row], arguments)
             return
         columns = program.encoding_columns(batch)
-        encoding = self._cells(program, row, state)[:columns] if columns else []
-        self.hooks.set_cells(encoding + self._idle(state)[columns:])
+        encoding = self._cells.of_row(row, state)[:columns] if columns else []
+        self.hooks.set_cells(encoding + self._cells.idle(state)[columns:])
         self._answer = functools.partial(self._decode, program, batch, state, arguments)
 
     def _scale_skips(self, rows: Sequence[int], arguments: Mapping[str, Any]) -> None:
@@ -253,7 +225,7 @@ class Executor:
                 arguments.update(arguments.pop(name, {}))
         return arguments
 
-    def _reason_to_compute(self, row: int, state: _BranchState, arguments: Mapping[str, Any]) -> str:
+    def _reason_to_compute(self, row: int, state: BranchState, arguments: Mapping[str, Any]) -> str:
         """Why this call cannot follow the plan and is computed in full; empty if it can."""
         if self._program is None:
             return "the scheduler's timesteps were not set"
@@ -269,8 +241,7 @@ class Executor:
             return "" if self._is_at(row, arguments) else "another timestep than the prediction was made for"
         if not all(state.holds(key) for reading in self._program.readings[row] for key in reading.sources):
             return "nothing kept to reuse for this branch and shape"
-        left_out = np.flatnonzero(self._program.plan.table[row] == Action.DROP)
-        if any(self._needs_shape[column] and state.shapes[column].like is None for column in left_out):
+        if not self._cells.are_possible(row, state):
             return "the units left out have not run in this shape before"
         return ""
 
@@ -289,79 +260,25 @@ class Executor:
         self._program = program = lower(self._planner(request), self.backbone)
         self._skip_scales = self._scaler(request)
         self._grid = request.grid
-        left_out = (program.plan.table == Action.DROP).any(axis=0) | bool(program.batches)
-        self._needs_shape = [
-            bool(out) and not unit.traits.same_shape for out, unit in zip(left_out, self.backbone.units, strict=True)
-        ]
+        self._cells = RowCells(program, self.backbone, self._heads)
         kinds = set(processors(self.backbone.denoiser))
         self._mixing, self._observed = mixing_processor(kinds), observed_processor(kinds)
         self.record.plans.append(program.plan)
 
-    def _state(self, branch: Branch, arguments: Mapping[str, Any]) -> _BranchState:
+    def _state(self, branch: Branch, arguments: Mapping[str, Any]) -> BranchState:
         sample = _sample(arguments)
         layout = () if sample is None else (sample.shape, sample.dtype, sample.device)
         state = self._branches.get(branch)
         if state is None or state.layout != layout:
-            state = self._branches[branch] = _BranchState(layout, len(self.backbone.units))
+            state = self._branches[branch] = BranchState(layout, len(self.backbone.units))
         return state
-
-    # -- cells -------------------------------------------------------------------------------------------------------
-
-    def _computing(self, state: _BranchState, column: int) -> Cell:
-        """A cell that runs its unit, and notes the output's shape where that will be needed and is not known."""
-        needed = self._program is not None and self._needs_shape[column] and state.shapes[column].like is None
-        return Cell(shape=state.shapes[column]) if needed else COMPUTE
-
-    def _leaving_out(self, state: _BranchState, column: int, evaluations: int = 1) -> Cell:
-        """A cell whose unit does not run and whose result nobody reads."""
-        shape = state.shapes[column] if self._needs_shape[column] else None
-        return Cell(compute=False, shape=shape, evaluations=evaluations)
-
-    def _idle(self, state: _BranchState) -> list[Cell]:
-        """Cells for a call in which nothing runs."""
-        return [self._leaving_out(state, column) for column in range(len(self.backbone.units))]
-
-    def _cells(self, program: Program, row: int, state: _BranchState) -> list[Cell]:
-        """What every unit does in a row, bound to what this branch keeps."""
-        cells = self._reading_cells(program, row, state, [row])
-        for key in program.captures[row]:
-            kept = state.kept[key] = Kept(program.residual[key.run.first])
-            for column in {key.run.first, key.run.last}:
-                if cells[column] is COMPUTE:
-                    cells[column] = Cell()
-            if kept.residual:
-                cells[key.run.first].opens.append(kept)
-            cells[key.run.last].keeps.append(kept)
-        return cells
-
-    def _reading_cells(self, program: Program, row: int, state: _BranchState, evaluations: list[int]) -> list[Cell]:
-        """What every unit does in a row, for several evaluations that do the same as one batch, without keeping."""
-        exits = False
-        cells = []
-        for column, action in enumerate(program.plan.table[row]):
-            if action == Action.COMPUTE:
-                cells.append(self._computing(state, column) if len(evaluations) == 1 else COMPUTE)
-            elif action == Action.DROP:
-                cells.append(self._leaving_out(state, column, len(evaluations)))
-            else:
-                first_exit = action == Action.EXIT and not exits
-                head = self._heads.get(self.backbone.names[column]) if first_exit else None
-                cells.append(Cell(compute=False, head=head))
-            exits = action == Action.EXIT
-        for reading in program.readings[row]:
-            sources = tuple(state.kept[key] for key in reading.sources)
-            reuse = Reuse(sources, _weights(reading, evaluations), len(evaluations))
-            if reuse.residual:
-                cells[reading.run.first].opens.append(reuse)
-            cells[reading.run.last].reuse = reuse
-        return cells
 
     # -- several evaluations at once ---------------------------------------------------------------------------------
 
-    def _one_by_one(self, row: int, state: _BranchState, arguments: Mapping[str, Any]) -> bool:
+    def _one_by_one(self, row: int, state: BranchState, arguments: Mapping[str, Any]) -> bool:
         """Whether a batch's rows are computed each in its own call; the record says why."""
         reason = ""
-        if any(needed and shape.like is None for needed, shape in zip(self._needs_shape, state.shapes, strict=True)):
+        if not self._cells.can_idle(state):
             reason = "no evaluation in this shape came before"
         elif self._mixing:
             reason = f"{self._mixing} may mix the samples of a batch"
@@ -374,7 +291,7 @@ class Executor:
     def _is_at(self, row: int, arguments: Mapping[str, Any]) -> bool:
         return is_at(self._grid, row, arguments)
 
-    def _decode(self, program: Program, batch: Batch, state: _BranchState, arguments: dict[str, Any]) -> Any:
+    def _decode(self, program: Program, batch: Batch, state: BranchState, arguments: dict[str, Any]) -> Any:
         """Make the predictions of a batch's rows in as few calls as memory allows; returns the first."""
         sample = _sample(arguments)
         assert sample is not None
@@ -384,7 +301,7 @@ class Executor:
         arguments = arguments | state.held_control()
         for start in range(0, len(batch.rows), room):
             rows = list(batch.rows[start : start + room])
-            self.hooks.set_cells(self._reading_cells(program, batch.last, state, rows))
+            self.hooks.set_cells(self._cells.reading(batch.last, state, rows))
             together = stacked(arguments, sample, self._grid, rows)
             self._scale_skips(rows, together)
             output = self._call(together)
@@ -404,7 +321,7 @@ class Executor:
             self._own_call = False
 
     def _hold_control(
-        self, program: Program, row: int, state: _BranchState, arguments: Mapping[str, Any]
+        self, program: Program, row: int, state: BranchState, arguments: Mapping[str, Any]
     ) -> dict[str, Any] | None:
         """Control belongs to the features it is added to: rows that reuse these are given what was added then."""
         given = {name: arguments[name] for name in CONTROL if arguments.get(name) is not None}
@@ -457,14 +374,3 @@ def _allow_graphs(number: int) -> Callable[[], None]:
     before = getattr(config, name)
     setattr(config, name, max(before, number))
     return lambda: setattr(config, name, before)
-
-
-def _weights(reading: Reading, evaluations: list[int]) -> torch.Tensor | None:
-    """The weights of a reading's sources for each evaluation; None where one value is carried over.
-
-    On the host, where a compiler does not guard on their values.
-    """
-    if len(reading.sources) == 1:
-        return None
-    rows = [key.row for key in reading.sources]
-    return torch.tensor([extrapolation_weights(rows, row) for row in evaluations], dtype=torch.float32)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastdiff.backbones.base import Streams
+from fastdiff.engine.program import Key
 
 
 class Kept:
@@ -101,6 +102,36 @@ class Shape:
             return tensor.new_zeros(shape) if writable else tensor[:1].expand(shape)
 
         return transformed(zeros, self.like)
+
+
+class BranchState:
+    """What one guidance branch keeps, all for samples of one layout.
+
+    Args:
+        layout: shape, dtype and device of the sample.
+        units: number of units.
+    """
+
+    def __init__(self, layout: tuple[Any, ...], units: int) -> None:
+        self.layout = layout
+        self.kept: dict[Key, Kept] = {}
+        self.shapes = [Shape() for _ in range(units)]
+        self.answers: dict[int, Any] = {}  # predictions made ahead of their rows
+        self.control: dict[str, Any] = {}  # what was added to the features that are kept
+
+    def holds(self, key: Key) -> bool:
+        """Whether this was computed and not freed since."""
+        return key in self.kept and self.kept[key].value is not None
+
+    def held_control(self) -> dict[str, Any]:
+        """The control arguments as they were given; UNets empty the lists."""
+        return {name: list(value) if isinstance(value, list) else value for name, value in self.control.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        kept = sum(kept.nbytes for kept in self.kept.values())
+        return kept + sum(tensor.nbytes for tensor in tensors([list(self.answers.values()), self.control]))
 
 
 def repeated(tensor: torch.Tensor, times: int) -> torch.Tensor:
