@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -158,7 +159,7 @@ def _bottleneck(columns: _Columns) -> str:
 # -- layouts -----------------------------------------------------------------------------------------------------------
 
 
-def _usual_layout(unet: nn.Module, columns: _Columns) -> None:
+def _usual_layout(unet: Any, columns: _Columns) -> None:
     """First convolution, down stages, bottleneck, up stages that take the latest skips, last convolution."""
     columns.add("conv_in", unet.conv_in)
     if hasattr(unet, "transformer_in"):
@@ -172,7 +173,7 @@ def _usual_layout(unet: nn.Module, columns: _Columns) -> None:
     columns.add("conv_out", unet.conv_out, fragile=True)
 
 
-def _encoder(unet: nn.Module, columns: _Columns) -> None:
+def _encoder(unet: Any, columns: _Columns) -> None:
     for index, stage in enumerate(unet.down_blocks):
         # T2I-Adapters are added in place to what stages without cross-attention and the bottleneck return.
         fragile = not getattr(stage, "has_cross_attention", False)
@@ -182,7 +183,7 @@ def _encoder(unet: nn.Module, columns: _Columns) -> None:
             columns.add(name, module, fragile=True)
 
 
-def _kandinsky3_layout(unet: nn.Module, columns: _Columns) -> None:
+def _kandinsky3_layout(unet: Any, columns: _Columns) -> None:
     """Every down stage but the last makes one skip, every up stage but the first reads one."""
     columns.add("conv_in", unet.conv_in)
     for index, stage in enumerate(unet.down_blocks):
@@ -196,7 +197,7 @@ def _kandinsky3_layout(unet: nn.Module, columns: _Columns) -> None:
     columns.add("conv_out", unet.conv_out)
 
 
-def _cascade_layout(unet: nn.Module, columns: _Columns) -> None:
+def _cascade_layout(unet: Any, columns: _Columns) -> None:
     """Levels of blocks between scalers; the first block of a level of the decoder reads that level of the encoder.
 
     A level may run several times with a mapper between; what its last block leaves is the output of the last time.
@@ -223,7 +224,7 @@ def _cascade_layout(unet: nn.Module, columns: _Columns) -> None:
     columns.add("clf", unet.clf)
 
 
-def _audio_layout(unet: nn.Module, columns: _Columns) -> None:
+def _audio_layout(unet: Any, columns: _Columns) -> None:
     """Every down stage makes one skip and every up stage reads one; there may be no convolution around them."""
     for index, stage in enumerate(unet.down_blocks):
         columns.add(f"down_blocks.{index}", stage)
@@ -238,7 +239,7 @@ def _audio_layout(unet: nn.Module, columns: _Columns) -> None:
         columns.add("out_block", unet.out_block, fragile=True)
 
 
-def _control_xs_layout(unet: nn.Module, columns: _Columns) -> None:
+def _control_xs_layout(unet: Any, columns: _Columns) -> None:
     """A UNet with a small one beside it that controls it: both in one stage, which hands on the skips of both."""
     for name in ("controlnet_cond_embedding", "base_conv_in", "ctrl_conv_in", "control_to_base_for_conv_in"):
         columns.add(name, getattr(unet, name), fragile=True)
@@ -270,21 +271,21 @@ _LAYOUTS = {
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
-def _layers(stage: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
+def _layers(stage: Any) -> Iterator[list[tuple[str, nn.Module]]]:
     """The modules of each layer in the order of their calls, named within the stage."""
     layers = len(stage.resnets)
     for layer in range(layers):
         yield [part for name in LAYER_PARTS for part in _share(stage, name, layer, layers)]
 
 
-def _share(stage: nn.Module, name: str, layer: int, layers: int) -> list[tuple[str, nn.Module]]:
+def _share(stage: Any, name: str, layer: int, layers: int) -> list[tuple[str, nn.Module]]:
     """A layer's modules in one of a stage's lists: usually one, several in a row where AudioLDM2 has more texts."""
     modules = getattr(stage, name, None) or ()
     each = len(modules) // layers
     return [(f"{name}.{index}", modules[index]) for index in range(layer * each, (layer + 1) * each)]
 
 
-def _samplers(stage: nn.Module) -> list[tuple[str, nn.Module]]:
+def _samplers(stage: Any) -> list[tuple[str, nn.Module]]:
     return [
         (f"{name}.{index}", module)
         for name in ("downsamplers", "upsamplers")
@@ -292,7 +293,7 @@ def _samplers(stage: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def _down_stage(name: str, stage: nn.Module, columns: _Columns, fragile: bool) -> None:
+def _down_stage(name: str, stage: Any, columns: _Columns, fragile: bool) -> None:
     samplers = _samplers(stage)
     if type(stage).__name__ not in LAYERED_STAGES:
         columns.add(name, stage)
@@ -305,7 +306,7 @@ def _down_stage(name: str, stage: nn.Module, columns: _Columns, fragile: bool) -
         columns.make_skip()
 
 
-def _up_stage(name: str, stage: nn.Module, columns: _Columns, fragile: bool) -> None:
+def _up_stage(name: str, stage: Any, columns: _Columns, fragile: bool) -> None:
     taken = columns.take_skips(len(stage.resnets))
     columns.sites.append(SkipSite.of(stage, SKIPS_ARGUMENT, taken))
     makers = [columns.skips[skip] for skip in taken]
@@ -313,7 +314,7 @@ def _up_stage(name: str, stage: nn.Module, columns: _Columns, fragile: bool) -> 
         columns.add(name, stage, reads=tuple(dict.fromkeys(makers)))
         return
     for layer in _layers(stage):
-        reads = (makers.pop(),)
+        reads: tuple[str, ...] = (makers.pop(),)
         for part, module in layer:
             columns.add(f"{name}.{part}", module, reads, fragile)
             reads = ()
@@ -321,7 +322,7 @@ def _up_stage(name: str, stage: nn.Module, columns: _Columns, fragile: bool) -> 
         columns.add(f"{name}.{part}", module, fragile=fragile)
 
 
-def _middle(stage: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _middle(stage: Any) -> Iterator[tuple[str, nn.Module]]:
     if type(stage).__name__ not in LAYERED_MIDDLES:
         yield "mid_block", stage
         return
@@ -335,7 +336,7 @@ def _middle(stage: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield from ((f"mid_block.{part}", module) for part, module in parts if module is not None)
 
 
-def _is_karras(stage: nn.Module) -> bool:
+def _is_karras(stage: Any) -> bool:
     """Stages of the latent upscaler, whose samplers make no skip."""
     return type(stage).__name__ in ("KDownBlock2D", "KCrossAttnDownBlock2D")
 

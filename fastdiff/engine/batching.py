@@ -66,12 +66,12 @@ def stacked(arguments: Mapping[str, Any], sample: torch.Tensor, grid: Grid, rows
     for name in CONTROL:
         if arguments.get(name) is not None:
             together[name] = transformed(lambda tensor: repeated(tensor, times), arguments[name])
-    name = timestep_name(arguments)
-    assert name is not None
+    timestep = timestep_name(arguments)
+    assert timestep is not None
     assert grid.given is not None
     timesteps = grid.given[list(rows)].repeat_interleave(batch)
-    given = arguments[name]
-    together[name] = timesteps.to(given.device, given.dtype) if isinstance(given, torch.Tensor) else timesteps
+    given = arguments[timestep]
+    together[timestep] = timesteps.to(given.device, given.dtype) if isinstance(given, torch.Tensor) else timesteps
     return together
 
 

@@ -205,11 +205,15 @@ def exit_at_depths(denoiser: nn.Module, depths: torch.Tensor) -> Iterator[None]:
 
     if depths.ndim != 1 or (depths < 1).any():
         raise ConfigError(f"depths is a vector with a depth of at least 1 for each sample; got {depths.tolist()}.")
-    hooks = InstalledHooks(view(denoiser))
-    first = hooks.backbone.units[0]
+    backbone = view(denoiser)
+    first = backbone.units[0]
+    streams = first.io
+    if streams is None:
+        raise ConfigError(f"{backbone.class_name} changes shape on the way, so that its samples cannot exit early.")
+    hooks = InstalledHooks(backbone)
 
     def check_batch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        samples = first.io.read(args, kwargs)[0].shape[0]
+        samples = streams.read(args, kwargs)[0].shape[0]
         if samples != len(depths):
             raise ConfigError(
                 f"{len(depths)} depths were given, but {first.name} takes {samples} rows, not one a depth."

@@ -137,9 +137,9 @@ class FeatureInheritance(Method):
     def _inheriting_units(self, backbone: Backbone) -> np.ndarray:
         """The units that inherit between keys, a boolean array of shape ``(units,)``."""
         is_unet = any(unit.stage.startswith("up_blocks.") for unit in backbone.units)
-        given = {"level": self.level, "keep_up": self.keep_up} if not is_unet else {}
-        if is_unet and self.span != (0, None):
-            given = {"span": self.span}
+        given: dict[str, Any] = {"level": self.level, "keep_up": self.keep_up}
+        if is_unet:
+            given = {"span": self.span if self.span != (0, None) else None}
         if misplaced := [name for name, value in given.items() if value is not None]:
             raise ConfigError(
                 f"FeatureInheritance.{misplaced[0]} is for {'transformers' if is_unet else 'UNets'}, and this is a "
