@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 from torch import nn
 
@@ -166,7 +167,7 @@ def _segments(denoiser: nn.Module) -> Iterator[NamedBlocks]:
 def _u_shaped(denoiser: nn.Module) -> NamedBlocks:
     """The blocks of a U-ViT in execution order."""
     inner = "transformer." if type(denoiser).__name__ == "UniDiffuserModel" else ""
-    blocks = getattr(denoiser, "transformer", denoiser)
+    blocks: Any = getattr(denoiser, "transformer", denoiser)
     names = [f"transformer_in_blocks.{index}" for index in range(len(blocks.transformer_in_blocks))]
     names.append("transformer_mid_block")
     for index in range(len(blocks.transformer_out_blocks)):

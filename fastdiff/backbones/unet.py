@@ -352,7 +352,7 @@ def _by_residual(name: str, module: nn.Module, io: BlockIO) -> Unit:
     return Unit(module, io.of(module), UnitTraits(name, same_shape=False, can_exit=False))
 
 
-def _branches(name: str, module: nn.Module) -> list[Unit]:
+def _branches(name: str, module: Any) -> list[Unit]:
     """A module's residual branches; one unit that is reused by its output if it has none."""
     if isinstance(module, ResnetBlock2D) and module.upsample is None and module.downsample is None:
         unit = _by_residual(name, module, BlockIO(("input_tensor",)))

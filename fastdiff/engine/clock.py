@@ -39,8 +39,7 @@ class Grid:
     def since(self, first: int) -> Grid:
         """The grid from evaluation ``first`` on."""
         given = None if self.given is None else self.given[first:]
-        parts = {"timesteps": self.timesteps[first:], "log_snr": self.log_snr[first:], "given": given}
-        return dataclasses.replace(self, **parts)
+        return dataclasses.replace(self, timesteps=self.timesteps[first:], log_snr=self.log_snr[first:], given=given)
 
     @classmethod
     def of(cls, scheduler: Any) -> Grid:

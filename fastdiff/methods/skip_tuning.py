@@ -182,7 +182,9 @@ class SkipTuning(Method):
         _check_skips(backbone)
         if self.time != "constant":
             raise ConfigError(f"SkipTuning.fold needs the same factors in every evaluation; got time={self.time!r}.")
-        readers = [(site.module, self._rho(backbone.skips)[site.skips[0]]) for site in backbone.skip_sites]
+        readers: list[tuple[Any, float]] = [
+            (site.module, self._rho(backbone.skips)[site.skips[0]]) for site in backbone.skip_sites
+        ]
         for module, _ in readers:
             kind = type(module).__name__
             if kind not in FOLDABLE or type(module.skip_linear) is not nn.Linear:
