@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,7 +70,8 @@ class BlockCalls:
 def counting(model: nn.Module, names: Sequence[str], inputs: dict[str, Any]) -> Iterator[BlockCalls]:
     """Counts the blocks that compute, seen from inside: a submodule of each block that one forward calls once.
 
-    The engine replaces a block's forward, and torch runs a block's own hooks even where that computes nothing.
+    The engine replaces a block's forward, and torch runs a block's own hooks even where that computes nothing. Where a
+    block has no such submodule, its forward is counted before the engine wraps it.
 
     Args:
         model: Any denoiser, not accelerated yet.
@@ -80,7 +82,10 @@ def counting(model: nn.Module, names: Sequence[str], inputs: dict[str, Any]) -> 
     handles = [model.register_forward_pre_hook(lambda *_: calls.rows.append(Counter()))]
     for name in names:
         inside = _called_once(model, name, inputs)
-        handles.append(inside.register_forward_hook(lambda *_, name=name: calls.rows[-1].update([name])))
+        if inside is None:
+            handles.append(_CountedForward(model.get_submodule(name), lambda name=name: calls.rows[-1].update([name])))
+        else:
+            handles.append(inside.register_forward_hook(lambda *_, name=name: calls.rows[-1].update([name])))
     calls.rows.clear()
     try:
         yield calls
@@ -89,7 +94,25 @@ def counting(model: nn.Module, names: Sequence[str], inputs: dict[str, Any]) -> 
             handle.remove()
 
 
-def _called_once(model: nn.Module, name: str, inputs: dict[str, Any]) -> nn.Module:
+class _CountedForward:
+    """A forward that tells of its calls, until `remove`."""
+
+    def __init__(self, module: nn.Module, note: Callable[[], None]) -> None:
+        forward = module.forward
+        self._module = module
+
+        @functools.wraps(forward)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            note()
+            return forward(*args, **kwargs)
+
+        module.forward = counted
+
+    def remove(self) -> None:
+        vars(self._module).pop("forward", None)
+
+
+def _called_once(model: nn.Module, name: str, inputs: dict[str, Any]) -> nn.Module | None:
     block = model.get_submodule(name)
     seen: Counter[nn.Module] = Counter()
     handles = [
@@ -100,7 +123,7 @@ def _called_once(model: nn.Module, name: str, inputs: dict[str, Any]) -> nn.Modu
     evaluate(model, [inputs])
     for handle in handles:
         handle.remove()
-    return next(module for module, times in seen.items() if times == 1)
+    return next((module for module, times in seen.items() if times == 1), None)
 
 
 def traces(model: nn.Module) -> list[str]:
