@@ -5,25 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-import fastdiff
-from fastdiff.cli.contenders import FINETUNED_FULL, FULL, Contender, contenders
-from fastdiff.cli.options import load, refusals_explained
-from fastdiff.errors import ConfigError, UnsupportedPipelineError
+from fastdiff.cli.contenders import FINETUNED_FULL, FULL, PLAIN, Contender, contenders
+from fastdiff.cli.sampler import Ran, Sampler, load_reader
+from fastdiff.cli.tasks import Task
+from fastdiff.errors import ConfigError
 from fastdiff.eval import Ratio, paired_ratio, psnr, time_interleaved
 from fastdiff.eval.glyphs import GlyphJudge, Score
-from fastdiff.plan import ComputePlan
-from fastdiff.zoo.data import CHARACTERS
-from fastdiff.zoo.reader import GlyphReader
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 SINGLE_ROUNDS = 5
 """Timed rounds of one image at a time."""
@@ -62,7 +54,7 @@ class Settings:
     """What the demo measures.
 
     Args:
-        model: pipeline that samples glyphs by class label.
+        model: pipeline that samples glyphs.
         finetuned: copy of it fine-tuned under the schedule ``"ase-demo"``, or None to leave its rows out.
         reader: folder of the `GlyphReader` that judges.
         samples: images of each contender; whole batches are sampled.
@@ -104,11 +96,6 @@ class Settings:
         """Images of each contender: the samples asked for, rounded up to whole batches."""
         return self.rounds * self.batch
 
-    @property
-    def characters(self) -> np.ndarray:
-        """What each image is to show: all characters in turn."""
-        return np.arange(self.count) % len(CHARACTERS)
-
 
 @dataclass
 class Row:
@@ -119,8 +106,7 @@ class Row:
         images: uint8 of shape ``(samples, 32, 32, 3)``.
         seconds: wall-clock of each batch.
         single_seconds: wall-clock of each call for one image.
-        plan: what ran; for plain sampling a plan that computes everything.
-        macs: of the denoiser for one image.
+        ran: what its calls ran, and what that costs.
         macs_share: of what full sampling spends on an image.
         score: the judge's.
         psnr: to the baseline's images, in dB; infinite for the baseline itself.
@@ -133,8 +119,7 @@ class Row:
     images: np.ndarray
     seconds: list[float]
     single_seconds: list[float]
-    plan: ComputePlan
-    macs: float
+    ran: Ran
     macs_share: float
     score: Score
     psnr: float
@@ -153,7 +138,8 @@ class Comparison:
     """Everything that the demo measured.
 
     Args:
-        settings: what was asked for.
+        settings: what was measured.
+        task: what was asked of the images.
         rows: one for each contender, in the report's order.
         renders: score of held-out renders: what perfect samples of the same number would get.
         same_work: times of full depth on both sets of weights against each other. They do the same work, so that this
@@ -162,6 +148,7 @@ class Comparison:
     """
 
     settings: Settings
+    task: Task
     rows: list[Row]
     renders: Score
     same_work: Ratio | None
@@ -184,8 +171,8 @@ def compare(settings: Settings, progress: Progress | None = None) -> Comparison:
     """
     progress = progress or Progress(disable=True)
     progress.says("loading")
-    field_ = contenders(settings.steps, finetuned=settings.finetuned is not None)
     sampler = Sampler(settings)
+    field_ = contenders(settings.steps, finetuned=settings.finetuned is not None, unet=sampler.has_unet)
     judge = GlyphJudge(load_reader(settings), settings.renders)
     progress.advance(0.05)
 
@@ -198,17 +185,18 @@ def compare(settings: Settings, progress: Progress | None = None) -> Comparison:
     progress.says("judging")
     rows = []
     for contender in field_:
-        rows.append(_row(contender, run, single, batched, judge, settings.characters))
+        rows.append(_row(contender, run, single, batched, judge, sampler.task))
         progress.advance(0.05 / len(field_))
     mark_beaten(rows)
     same_work = paired_ratio(batched[FULL], batched[FINETUNED_FULL]) if FINETUNED_FULL in batched else None
-    return Comparison(settings, rows, judge.score_renders(settings.count), same_work, sampling_seconds)
+    renders = judge.score_renders(settings.count, sampler.task.questions)
+    return Comparison(settings, sampler.task, rows, renders, same_work, sampling_seconds)
 
 
 def mark_beaten(rows: Iterable[Row]) -> None:
     """Note for every accelerated row the plain rows with fewer steps that are at least as fast and as good."""
     rows = list(rows)
-    plain = [row for row in rows if not row.contender.methods and row.contender.key.startswith("steps-")]
+    plain = [row for row in rows if not row.contender.methods and row.contender.key.startswith(PLAIN)]
     for row in rows:
         if row.contender.methods:
             row.beaten_by = [
@@ -220,80 +208,8 @@ def mark_beaten(rows: Iterable[Row]) -> None:
             ]
 
 
-def load_reader(settings: Settings) -> GlyphReader:
-    """The reader that judges.
-
-    Raises:
-        UnsupportedPipelineError: if the folder holds none.
-    """
-    from fastdiff import zoo
-
-    name = settings.reader
-    folder = zoo.path(name) if name.startswith("zoo:") else name
-    try:
-        return GlyphReader.from_pretrained(folder).to(settings.device)
-    except (OSError, ValueError) as error:
-        raise UnsupportedPipelineError(f"{name!r} cannot be loaded as a reader of glyphs: {error}") from error
-
-
-class Sampler:
-    """The pipelines, and how a contender samples images with them.
-
-    Raises:
-        UnsupportedPipelineError: if a model is no pipeline that samples 32×32 glyphs by class label.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._pipes = {False: self._load(settings.model)}
-        if settings.finetuned is not None:
-            self._pipes[True] = self._load(settings.finetuned)
-
-    def _load(self, model: str) -> DiffusionPipeline:
-        pipe = load(model, self._settings.device, self._settings.dtype, preset="off")
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def pipe(self, contender: Contender) -> DiffusionPipeline:
-        """The pipeline that a contender samples with."""
-        return self._pipes[contender.finetuned]
-
-    def prepare(self, contender: Contender) -> None:
-        """Enable the contender's methods; plain contenders get the plain pipeline."""
-        pipe = self.pipe(contender)
-        if contender.methods:
-            fastdiff.enable(pipe, contender.methods)
-        else:
-            fastdiff.disable(pipe)
-
-    def planned_share(self, contender: Contender) -> float:
-        """Share of full sampling's cells that the contender is going to compute."""
-        if not contender.methods:
-            return contender.steps / self._settings.steps
-        self.prepare(contender)
-        return self.pipe(contender).fastdiff.plan(contender.steps).share
-
-    def sample(self, contender: Contender, indices: range) -> np.ndarray:
-        """The images of these indices, uint8 of shape ``(len(indices), 32, 32, 3)``; `prepare` comes first."""
-        settings = self._settings
-        with refusals_explained(f"{settings.model} does not sample as the demo needs it"):
-            images = self.pipe(contender)(
-                class_labels=[index % len(CHARACTERS) for index in indices],
-                num_inference_steps=contender.steps,
-                guidance_scale=settings.guidance_scale,
-                # On the CPU, so that a seed gives the same noise on every device.
-                generator=[torch.Generator("cpu").manual_seed(settings.seed + index) for index in indices],
-                output_type="np",
-            ).images
-        if images.shape != (len(indices), 32, 32, 3):
-            raise UnsupportedPipelineError(
-                f"The demo reads RGB glyphs of 32×32 pixels; {settings.model} made images of shape {images.shape[1:]}."
-            )
-        return np.rint(images * 255).astype(np.uint8)
-
-
 class _Run:
-    """The contenders at work: collects images, and after each one's first batch what it ran and what that costs."""
+    """The contenders at work: collects images, and after each one's first batch what it ran."""
 
     def __init__(self, settings: Settings, sampler: Sampler, field_: dict[str, Contender], progress: Progress) -> None:
         self._settings = settings
@@ -302,8 +218,7 @@ class _Run:
         self._progress = progress
         self._shares = {key: sampler.planned_share(contender) for key, contender in field_.items()}
         self.images: dict[str, list[np.ndarray]] = {key: [] for key in field_}
-        self.plans: dict[str, ComputePlan] = {}
-        self.macs: dict[str, float] = {}
+        self.ran: dict[str, Ran] = {}
 
     def time(self, *, rounds: int, batch: int, keep: bool = False) -> dict[str, list[float]]:
         """Let all contenders take turns at sampling; returns seconds by contender.
@@ -321,8 +236,8 @@ class _Run:
             self._sampler.prepare(self._field[key])
 
         def after(key: str) -> None:
-            if keep and key not in self.plans:
-                self._look(self._field[key])
+            if keep and key not in self.ran:
+                self.ran[key] = self._sampler.look(self._field[key])
             self._progress.advance(SAMPLING * self._cost(batch) * self._shares[key] / self._work)
 
         calls = {key: self._call(contender, batch, keep) for key, contender in self._field.items()}
@@ -350,22 +265,6 @@ class _Run:
 
         return call
 
-    def _look(self, contender: Contender) -> None:
-        """Keep what the last call ran, with its cost for one image."""
-        pipe = self._sampler.pipe(contender)
-        if contender.methods:
-            (record,) = (record for record in pipe.fastdiff.last_run.denoisers.values() if record.calls)
-            self.plans[contender.key] = record.plan
-            costs = record.measure()
-            self.macs[contender.key] = sum(costs.macs_of(call.actions) for call in record.calls) / self._settings.batch
-            return
-        # Plain sampling leaves no record: a neutral method in one more evaluation tells units, grid and price.
-        fastdiff.enable(pipe, fastdiff.ExitSchedule("full"))
-        self._sampler.sample(replace(contender, steps=1), range(self._settings.batch))
-        (record,) = (record for record in pipe.fastdiff.last_run.denoisers.values() if record.calls)
-        plan = self.plans[contender.key] = pipe.fastdiff.plan(contender.steps)
-        self.macs[contender.key] = plan.evaluations * record.measure().total_macs / self._settings.batch
-
 
 def _row(
     contender: Contender,
@@ -373,7 +272,7 @@ def _row(
     single: dict[str, list[float]],
     batched: dict[str, list[float]],
     judge: GlyphJudge,
-    characters: np.ndarray,
+    task: Task,
 ) -> Row:
     key, baseline = contender.key, contender.baseline
     images, reference = np.concatenate(run.images[key]), np.concatenate(run.images[baseline])
@@ -382,10 +281,9 @@ def _row(
         images=images,
         seconds=batched[key],
         single_seconds=single[key],
-        plan=run.plans[key],
-        macs=run.macs[key],
-        macs_share=run.macs[key] / run.macs[baseline],
-        score=judge.score(images, characters),
+        ran=run.ran[key],
+        macs_share=run.ran[key].macs / run.ran[baseline].macs,
+        score=judge.score(images, task.asked),
         psnr=psnr(images / 255, reference / 255),
         speedup=paired_ratio(batched[baseline], batched[key]),
         single_speedup=paired_ratio(single[baseline], single[key]),

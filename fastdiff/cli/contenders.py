@@ -4,11 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastdiff.methods import ExitSchedule, FeatureInheritance, LayerSkipping, Method
+from fastdiff.methods import EncoderPropagation, ExitSchedule, FeatureInheritance, LayerSkipping, Method
 from fastdiff.pipelines.acceleration import PRESETS
 
 FULL = "full"
 FINETUNED_FULL = "finetuned-full"
+PLAIN = "steps-"
+"""Keys of plain contenders with fewer steps begin so."""
+
+TRANSFORMER_METHODS: dict[str, tuple[str, Method]] = {
+    "feature-inheritance-2": ("Feature inheritance, every 2nd step", FeatureInheritance(interval=2)),
+    "feature-inheritance-3": ("Feature inheritance, every 3rd, forecast", FeatureInheritance(interval=3, order=1)),
+    "layer-skipping": ("Layer skipping", LayerSkipping()),
+    "exit-untrained": ("Exit schedule, untrained (experimental)", ExitSchedule("ase-demo")),
+}
+"""Label and method of the training-free contenders, by key."""
+
+UNET_METHODS: dict[str, tuple[str, Method]] = {
+    "encoder-propagation-sequential": ("Encoder propagation, sequential", EncoderPropagation(parallel=False)),
+    "encoder-propagation": ("Encoder propagation, parallel", EncoderPropagation()),
+    "deepcache-2": ("DeepCache, every 2nd step", FeatureInheritance.deepcache(2)),
+    "deepcache-3": ("DeepCache, every 3rd", FeatureInheritance.deepcache(3)),
+    "deepcache-5": ("DeepCache, every 5th", FeatureInheritance.deepcache(5)),
+}
+"""The same for UNets, on which the presets are feature inheritance with forecasts."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +58,24 @@ class Contender:
         return f"{self.group}: {self.label}" if self.finetuned else self.label
 
 
-def contenders(steps: int, *, finetuned: bool) -> list[Contender]:
+def contenders(steps: int, *, finetuned: bool, unet: bool) -> list[Contender]:
     """All ways, for full sampling with this many steps.
 
     Args:
         steps: inference steps of full sampling.
         finetuned: whether there is a fine-tuned copy.
+        unet: whether the denoiser is a UNet; else it is a transformer.
     """
+    group = "Training-free methods"
+    free = [
+        Contender(key, label, group, steps, (method,))
+        for key, (label, method) in (UNET_METHODS if unet else TRANSFORMER_METHODS).items()
+    ]
+    tuned = "Fine-tuned copy"
     trained = [
-        Contender(FINETUNED_FULL, "Full depth", "Fine-tuned copy", steps, (), True, FINETUNED_FULL),
+        Contender(FINETUNED_FULL, "Full depth", tuned, steps, (), True, FINETUNED_FULL),
         Contender(
-            "finetuned-exit",
-            "Exit schedule ase-demo",
-            "Fine-tuned copy",
-            steps,
-            (ExitSchedule("ase-demo"),),
-            True,
-            FINETUNED_FULL,
+            "finetuned-exit", "Exit schedule ase-demo", tuned, steps, (ExitSchedule("ase-demo"),), True, FINETUNED_FULL
         ),
     ]
     return [
@@ -65,34 +85,15 @@ def contenders(steps: int, *, finetuned: bool) -> list[Contender]:
             for name, methods in PRESETS.items()
             if methods
         ),
-        Contender(
-            "feature-inheritance-2",
-            "Feature inheritance, every 2nd step",
-            "Training-free methods",
-            steps,
-            (FeatureInheritance(interval=2),),
-        ),
-        Contender(
-            "feature-inheritance-3",
-            "Feature inheritance, every 3rd, forecast",
-            "Training-free methods",
-            steps,
-            (FeatureInheritance(interval=3, order=1),),
-        ),
-        Contender("layer-skipping", "Layer skipping", "Training-free methods", steps, (LayerSkipping(),)),
-        Contender(
-            "exit-untrained",
-            "Exit schedule, untrained (experimental)",
-            "Training-free methods",
-            steps,
-            (ExitSchedule("ase-demo"),),
-        ),
+        *free,
         *(trained if finetuned else ()),
-        *(
-            Contender(f"steps-{fewer}", f"Plain, {fewer} steps", "Simply fewer steps", fewer)
-            for fewer in fewer_steps(steps)
-        ),
+        *map(plain, fewer_steps(steps)),
     ]
+
+
+def plain(steps: int) -> Contender:
+    """Simply taking fewer steps."""
+    return Contender(f"{PLAIN}{steps}", f"Plain, {steps} steps", "Simply fewer steps", steps)
 
 
 def fewer_steps(steps: int) -> list[int]:

@@ -21,6 +21,7 @@ measured too, so that you see whether a method beats it. Rows that lose stay in.
 
 EXAMPLES = (
     "fastdiff demo",
+    "fastdiff demo --model zoo:glyphs-sd --out demo-sd",
     "fastdiff demo --samples 720 --batch 36 --out thorough",
     "fastdiff demo --steps 20 --seed 1000",
     "fastdiff demo --device cuda --samples 3600 --batch 180",
@@ -38,12 +39,22 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--steps", type=int, default=50, metavar="N", help="steps of full sampling (default: %(default)s)"
     )
-    parser.add_argument("--guidance-scale", type=float, default=4.0, metavar="G", help="(default: %(default)s)")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=4.0,
+        metavar="G",
+        help="where the model is guided (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first image (default: %(default)s)")
     parser.add_argument(
         "--renders", type=int, default=2000, metavar="N", help="held-out renders (default: %(default)s)"
     )
-    parser.add_argument("--model", default=MODEL, help=f"pipeline of labelled glyphs (default: {MODEL})")
+    parser.add_argument(
+        "--model",
+        default=MODEL,
+        help=f"pipeline that samples glyphs by class label, by prompt or by chance (default: {MODEL})",
+    )
     parser.add_argument(
         "--finetuned",
         metavar="MODEL",
@@ -89,7 +100,7 @@ def write(comparison: Comparison, folder: Path) -> None:
     """Write all files of the demo into a folder."""
     from fastdiff.cli import pictures
     from fastdiff.cli.report import render
-    from fastdiff.cli.results import as_csv, as_data, as_markdown
+    from fastdiff.cli.results import PROMPTS, as_csv, as_data, as_markdown
     from fastdiff.plan import write_json
 
     import matplotlib  # isort: skip
@@ -101,10 +112,12 @@ def write(comparison: Comparison, folder: Path) -> None:
     }
     for row in comparison.rows:
         key = row.contender.key
-        row.plan.save(folder / "plans" / f"{key}.json")
+        row.ran.plan.save(folder / "plans" / f"{key}.json")
         images[f"plans/{key}"] = pictures.png(pictures.draw_plan(row))
     for name, picture in images.items():
         pictures.write_png(folder / f"{name}.png", picture)
+    if prompts := comparison.task.requests.get("prompt"):
+        (folder / PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
     data = as_data(comparison)
     write_json(folder / "results.json", data)
     (folder / "results.csv").write_text(as_csv(comparison), encoding="utf-8")

@@ -49,6 +49,7 @@ def add_parser(subparsers: Any) -> None:
     add_method_options(parser)
     conditions = parser.add_argument_group("what to sample")
     conditions.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
+    conditions.add_argument("--prompt-file", metavar="FILE", help="prompts, one to a line, in place of --prompt")
     conditions.add_argument("--negative-prompt", metavar="TEXT")
     conditions.add_argument("--class-labels", nargs="+", metavar="LABEL", help="numbers, or names the pipeline knows")
     conditions.add_argument("--samples", type=int, metavar="N", help="images in all; prompts or labels take turns")
@@ -101,21 +102,34 @@ def _conditions(pipe: DiffusionPipeline, options: argparse.Namespace) -> list[di
     parameters = call_parameters(pipe)
     if options.batch < 1 or (options.samples is not None and options.samples < 1):
         raise ConfigError(f"--batch and --samples are at least 1; got {options.batch} and {options.samples}.")
-    for name, given in (("class_labels", options.class_labels), ("prompt", options.prompt)):
+    prompts = _read_prompts(options.prompt_file) if options.prompt_file else options.prompt
+    for name, given in (("class_labels", options.class_labels), ("prompt", prompts)):
         if given and name not in parameters:
             raise ConfigError(f"{type(pipe).__name__} takes no {name}; it takes {', '.join(parameters)}.")
-    if options.class_labels and options.prompt:
-        raise ConfigError("Give either --class-labels or --prompt, not both.")
+    if len(list(filter(None, (options.class_labels, options.prompt, options.prompt_file)))) > 1:
+        raise ConfigError("Give one of --class-labels, --prompt and --prompt-file.")
     if "class_labels" in parameters and not options.class_labels:
         raise ConfigError(f"{type(pipe).__name__} needs --class-labels: which classes to sample.")
     choices: list[dict[str, Any]] = [{}]
     if options.class_labels:
         choices = [{"class_labels": _label(pipe, text)} for text in options.class_labels]
-    elif options.prompt:
+    elif prompts:
         negative = {} if options.negative_prompt is None else {"negative_prompt": options.negative_prompt}
-        choices = [{"prompt": text, **negative} for text in options.prompt]
+        choices = [{"prompt": text, **negative} for text in prompts]
     count = options.samples or len(choices)
     return [choices[index % len(choices)] for index in range(count)]
+
+
+def _read_prompts(name: str) -> list[str]:
+    try:
+        prompts = Path(name).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--prompt-file names a text file with one prompt to a line; {name!r} is none: {error}"
+        ) from error
+    if not prompts:
+        raise ConfigError(f"--prompt-file {name!r} holds no prompt.")
+    return prompts
 
 
 def _label(pipe: DiffusionPipeline, text: str) -> int:
@@ -205,7 +219,15 @@ def _write_record(
         "methods": [method.to_dict() for method in pipe.fastdiff.methods],
         "arguments": {
             name: getattr(options, name)
-            for name in ("prompt", "negative_prompt", "class_labels", "num_inference_steps", "guidance_scale", "arg")
+            for name in (
+                "prompt",
+                "prompt_file",
+                "negative_prompt",
+                "class_labels",
+                "num_inference_steps",
+                "guidance_scale",
+                "arg",
+            )
         },
         "dtype": options.dtype,
         "environment": describe_environment(pipe.device),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastdiff.cli.comparison import Comparison, Row
 
 SHOWN = tuple(range(0, len(CHARACTERS), 2))
-"""Samples in the pictures: every second character, the first of each, good or bad."""
+"""Samples in the pictures: every second of the first 36, good or bad."""
 
 GROUP_STYLES = {
     "Baseline": ("#000000", "s"),
@@ -50,7 +50,7 @@ def strip(row: Row, gap: int = 2) -> Image.Image:
 
 
 def draw_samples(comparison: Comparison) -> Figure:
-    """The samples of all contenders: a row for each, the same character and seed in a column."""
+    """The samples of all contenders: a row for each, the same request and seed in a column."""
     from matplotlib import pyplot
 
     rows = comparison.rows
@@ -64,8 +64,8 @@ def draw_samples(comparison: Comparison) -> Figure:
     axes.imshow(canvas, interpolation="nearest")
     labels = [f"{row.contender.title}  {row.speedup.median:.2f}×" for row in rows]
     axes.set_yticks([index * (height + 4) + height / 2 for index in range(len(rows))], labels)
-    characters = [CHARACTERS[comparison.settings.characters[index]] for index in SHOWN if index < len(rows[0].images)]
-    axes.set_xticks([index * 34 + 16 for index in range(len(characters))], characters)
+    labels = [comparison.task.label(index) for index in SHOWN if index < len(rows[0].images)]
+    axes.set_xticks([index * 34 + 16 for index in range(len(labels))], labels)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     for spine in axes.spines.values():
@@ -155,7 +155,7 @@ def draw_plan(row: Row) -> Figure:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5.0, 5.2), layout="constrained")
-    heat_map(row.plan, axes)
+    heat_map(row.ran.plan, axes)
     return figure
 
 

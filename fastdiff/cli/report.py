@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 
-from fastdiff.cli.pictures import png, strip
+from fastdiff.cli.pictures import SHOWN, png, strip
 from fastdiff.cli.report_template import TEMPLATE
 from fastdiff.cli.results import change_text, distance_text, headline, notes, psnr_text
 from fastdiff.eval.provenance import describe_machine
-from fastdiff.zoo.data import CHARACTERS
 
 if TYPE_CHECKING:
     from fastdiff.cli.comparison import Comparison
@@ -42,7 +41,7 @@ def render(comparison: Comparison, data: Mapping[str, Any], images: Mapping[str,
         data_rows={row["key"]: row for row in data["rows"]},
         groups=groups,
         labels=labels,
-        characters=CHARACTERS,
+        shown_labels=[comparison.task.label(index) for index in SHOWN if index < comparison.settings.count],
         headline=headline(comparison),
         notes=notes(comparison),
         scores={row.contender.key: row.score for row in comparison.rows},

@@ -65,12 +65,12 @@ TEMPLATE = (
 <p class="card lead">{{ headline }}</p>
 
 <h2>Samples</h2>
-<p class="soft">Every second character, the first sample of each, good or bad. A column has one seed: what differs
-within it is the method's doing.</p>
+<p class="soft">Every second of the first 36 samples, good or bad. A column has one seed and one request: what
+differs within it is the method's doing.</p>
 <div class="card strips">
 <div class="empty"></div>
 <div class="axis soft" aria-hidden="true">
-{% for index in range(0, 36, 2) if index < settings.count %}<span>{{ characters[index] }}</span>{% endfor %}
+{% for label in shown_labels %}<span>{{ label }}</span>{% endfor %}
 </div>
 {% for group, rows in groups %}
 <div class="rule"></div>
@@ -136,7 +136,7 @@ samples like the real thing; above, for the samples that full sampling would hav
 alt="distance to held-out renders, and to the samples of full sampling, against speedup"></div>
 
 <h2>What ran</h2>
-<p class="soft">One line for each evaluation of the denoiser, one column for each of its blocks. Dark cells were
+<p class="soft">One line for each evaluation of the denoiser, one column for each of its units. Dark cells were
 computed.</p>
 <div class="plans">
 {% for row in planned %}

@@ -10,6 +10,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.cli.spec import format_method
+from fastdiff.cli.tasks import READ
 from fastdiff.eval import Ratio, describe_environment
 from fastdiff.eval.provenance import describe_machine
 from fastdiff.zoo.data import CHARACTERS
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from fastdiff.eval.glyphs import Score
 
 SCHEMA_VERSION = 1
+PROMPTS = "prompts.txt"
+"""The file of prompts that the demo writes where it gave any."""
 BEATEN = "Plain sampling with fewer steps was at least as fast, and its distance and readings were no worse."
 
 
@@ -52,7 +55,7 @@ def _row(comparison: Comparison, row: Row) -> dict[str, Any]:
         "speedup_single": asdict(row.single_speedup),
         "seconds": row.seconds,
         "seconds_single": row.single_seconds,
-        "macs_per_image": row.macs,
+        "macs_per_image": row.ran.macs,
         "macs_share": row.macs_share,
         **_score(row.score),
         "fid_change": dict(zip(("value", "error"), row.score.fid_change(baseline.score), strict=True)),
@@ -86,12 +89,20 @@ def command(comparison: Comparison, row: Row) -> str:
     methods = " ".join(f"--method {format_method(method)}" for method in contender.methods) or "--preset off"
     parts = [
         f"fastdiff generate {model_of(comparison, row)} {methods}",
-        f"--class-labels $(seq 0 {len(CHARACTERS) - 1})",
+        *(_REQUESTS[name] for name in comparison.task.requests),
         f"--samples {settings.count} --batch {settings.batch} --seed {settings.seed}",
-        f"--num-inference-steps {contender.steps} --guidance-scale {settings.guidance_scale:g}",
+        f"--num-inference-steps {contender.steps}",
+        *(f"--guidance-scale {scale:g}" for name, scale in comparison.task.shared.items() if name == "guidance_scale"),
         f"--device {settings.device} --dtype {settings.dtype} --out {contender.key}",
     ]
     return " ".join(parts)
+
+
+_REQUESTS = {
+    "class_labels": f"--class-labels $(seq 0 {len(CHARACTERS) - 1})",
+    "prompt": f"--prompt-file {PROMPTS}",
+}
+"""What was asked of the images, as options of ``fastdiff generate``."""
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -149,7 +160,7 @@ def _flat(comparison: Comparison, row: Row) -> dict[str, Any]:
         "pairs": row.speedup.pairs,
         "speedup_single": row.single_speedup.median,
         "macs_share": row.macs_share,
-        "macs_per_image": row.macs,
+        "macs_per_image": row.ran.macs,
         "fid": score.fid,
         "fid_low": score.fid_interval[0],
         "fid_high": score.fid_interval[1],
@@ -195,22 +206,22 @@ def notes(comparison: Comparison) -> list[str]:
     pairs = comparison.rows[0].speedup.pairs
     machine = describe_machine(describe_environment(settings.device))
     same_work = comparison.same_work
+    guided = f"guidance {settings.guidance_scale:g}, " if "guidance_scale" in comparison.task.shared else ""
     texts = [
-        f"{settings.model}, {steps} steps unless said otherwise, guidance {settings.guidance_scale:g}, "
-        f"{settings.dtype}, {count} samples of each row from seeds {settings.seed} to {settings.seed + count - 1}. "
-        f"{machine}.",
+        f"{settings.model}, {steps} steps unless said otherwise, {guided}{settings.dtype}, {count} samples of each "
+        f"row from seeds {settings.seed} to {settings.seed + count - 1}. {machine}.",
         f"Speedup: wall clock of whole pipeline calls against full depth with the same weights, median of {pairs} "
         f"pairs (quartiles). All rows take turns, so that a pair saw the same machine.",
         f"MACs: multiply-accumulates of the denoiser, counted, as a share of full sampling's "
-        f"{comparison.rows[0].macs / 1e9:.2f} G for an image.",
+        f"{comparison.rows[0].ran.macs / 1e9:.2f} G for an image.",
         f"FID-{count}: Fréchet distance of the reader's features to {settings.renders} held-out renders, ± 1.96 "
         f"bootstrap standard errors. It is not Inception's FID and depends on the number of samples: {count} other "
         f"renders, which are perfect samples, score {distance_text(renders)[0]}. The change against full depth has a "
         "smaller interval than either, because both start from the same noise.",
         "PSNR: against full depth with the same weights and seeds. It says how much a method changes the samples, not "
         "how good they are.",
-        f"Read correctly: share that the reader takes for the character asked for, 95 % Wilson interval. It reads "
-        f"{renders.read_share:.1%} of the renders.",
+        f"Read correctly: {READ[comparison.task.questions]}, 95 % Wilson interval. It reads {renders.read_share:.1%} "
+        "of the renders so.",
     ]
     if same_work:
         texts.insert(

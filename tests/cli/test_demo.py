@@ -19,6 +19,7 @@ import fastdiff
 from fastdiff.cli.comparison import Row, mark_beaten
 from fastdiff.cli.contenders import Contender, contenders, fewer_steps
 from fastdiff.cli.main import main
+from fastdiff.cli.sampler import Ran
 from fastdiff.eval import Ratio
 from fastdiff.eval.glyphs import GlyphJudge, Score
 from fastdiff.plan import Action, ComputePlan
@@ -63,7 +64,7 @@ def test_all_files_are_there_and_nothing_else(out: Path, rows: dict[str, Any]) -
 
 
 def test_all_contenders_have_a_row_in_every_table(out: Path, rows: dict[str, dict[str, Any]]) -> None:
-    assert list(rows) == [contender.key for contender in contenders(STEPS, finetuned=True)]
+    assert list(rows) == [contender.key for contender in contenders(STEPS, finetuned=True, unet=False)]
     lines = list(csv.DictReader((out / "results.csv").open()))
     markdown = [line for line in (out / "results.md").read_text().splitlines() if line.startswith("| ")][1:]
     assert [line["key"] for line in lines] == list(rows)
@@ -111,7 +112,7 @@ def test_macs_share_is_what_the_plan_costs(tiny_dit: Path, out: Path, rows: dict
 
 def test_plans_are_those_of_the_methods(tiny_dit: Path, out: Path) -> None:
     pipe = fastdiff.FastDiffPipeline.from_pretrained(tiny_dit, preset="off")
-    for contender in contenders(STEPS, finetuned=True):
+    for contender in contenders(STEPS, finetuned=True, unet=False):
         plan = ComputePlan.load(out / f"plans/{contender.key}.json")
         assert plan.evaluations == contender.steps
         if contender.methods:
@@ -232,9 +233,10 @@ def test_fewer_steps(steps: int, fewer: list[int]) -> None:
     assert fewer_steps(steps) == fewer
 
 
-def test_contenders_have_their_own_keys_and_a_baseline() -> None:
-    field = {contender.key: contender for contender in contenders(50, finetuned=True)}
-    assert len(field) == len(contenders(50, finetuned=True))
+@pytest.mark.parametrize("unet", [False, True])
+def test_contenders_have_their_own_keys_and_a_baseline(unet: bool) -> None:
+    field = {contender.key: contender for contender in contenders(50, finetuned=True, unet=unet)}
+    assert len(field) == len(contenders(50, finetuned=True, unet=unet))
     for contender in field.values():
         baseline = field[contender.baseline]
         assert not baseline.methods
@@ -245,9 +247,9 @@ def test_contenders_have_their_own_keys_and_a_baseline() -> None:
 def make_row(key: str, speedup: float, fid: float, correct: int, methods: tuple[Any, ...] = ()) -> Row:
     contender = Contender(key, key, "group", 50, methods)
     score = Score(100, fid, np.zeros(2), correct, 0, 1)
-    plan = ComputePlan.full(1, ["block"])
+    ran = Ran(ComputePlan.full(1, ["block"]), 1.0)
     ratio = Ratio(speedup, speedup, speedup, 1)
-    return Row(contender, np.zeros(0), [], [], plan, 1.0, 1.0, score, 30.0, ratio, ratio)
+    return Row(contender, np.zeros(0), [], [], ran, 1.0, score, 30.0, ratio, ratio)
 
 
 @pytest.mark.parametrize(
