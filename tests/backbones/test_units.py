@@ -121,16 +121,10 @@ def test_known_table_that_does_not_fit_the_block_is_refused(monkeypatch: pytest.
 
 
 def test_modules_without_known_blocks_are_refused() -> None:
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    adapters = diffusers.MultiAdapter([diffusers.T2IAdapter(channels=[8], num_res_blocks=1) for _ in range(2)])
     linear, none = nn.Linear(2, 2), "no module list"
-    for module, found in ((linear, none), (unet, "down_blocks, up_blocks"), (vae, none)):
+    for module, found in ((linear, none), (adapters, "adapters"), (vae, none)):
         with pytest.raises(UnsupportedBackboneError) as caught:
             view(module)
         message = str(caught.value)

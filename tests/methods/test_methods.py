@@ -15,23 +15,28 @@ import fastdiff
 from fastdiff import (
     ComputePlan,
     ConfigError,
+    EncoderPropagation,
     ExitSchedule,
     FeatureInheritance,
     LayerSkipping,
     PlanError,
     ProfileMismatchError,
+    SkipTuning,
 )
 from fastdiff.methods import Method, SavedPlan, as_methods
 from fastdiff.methods.base import make_planner
+from fastdiff.methods.encoder_propagation import KEY_SETS
 from tiny.plans import C, R, plan_of, request_of, tables
 
 OWN = [cls for cls in Method.registry.values() if cls.__module__.startswith("fastdiff.")]
 EVERY_METHOD = pytest.mark.parametrize("cls", OWN, ids=lambda cls: cls.__name__)
 EXAMPLES: dict[str, Method] = {
+    "EncoderPropagation": EncoderPropagation(keys=(0, 2, 5), max_parallel=3),
     "ExitSchedule": ExitSchedule("ase-demo"),
     "FeatureInheritance": FeatureInheritance(interval=3, order=2, span=(1, -1)),
     "LayerSkipping": LayerSkipping(speedup=1.5, target_speedup=2.0),
     "SavedPlan": SavedPlan(plan_of([C, C], [C, R], a=1)),
+    "SkipTuning": SkipTuning(rho=0.8, time="decreasing"),
 }
 
 
@@ -64,6 +69,8 @@ def inheritances(draw: st.DrawFn) -> FeatureInheritance:
         keys=keys,
         dense=draw(numbers(0, 1)),
         span=(draw(st.integers(-9, 9)), draw(st.none() | st.integers(-9, 9))),
+        level=draw(st.sampled_from([None, "stage", "layer", "branch"])),
+        keep_up=draw(st.none() | st.integers(0, 12)),
         order=draw(st.integers(0, 3)),
         last_key=draw(st.booleans()),
         min_evaluations=draw(st.integers(0, 100)),
@@ -80,6 +87,21 @@ SKIPPINGS = st.builds(
     interval=st.integers(0, 10_000),
     rotate=st.booleans(),
 )
+PROPAGATIONS = st.builds(
+    EncoderPropagation,
+    keys=st.sampled_from(list(KEY_SETS))
+    | st.integers(1, 10_000)
+    | st.integers(1, 99).map("uniform-{}".format)
+    | st.sets(st.integers(1, 99)).map(lambda keys: (0, *sorted(keys))),
+    parallel=st.booleans(),
+    max_parallel=st.none() | st.integers(1, 10_000),
+    prior_noise=st.none() | numbers(0, 1),
+    tau=numbers(0, 1),
+    inject=st.sampled_from(["before", "official-parallel"]),
+    official_truncate=st.booleans(),
+    encoder_share=numbers(0, 1),
+    order=st.integers(0, 3),
+)
 SAVED = st.builds(
     lambda table, meta: SavedPlan(plan_of(*table.tolist(), **meta)),
     tables(),
@@ -87,7 +109,7 @@ SAVED = st.builds(
 )
 
 
-@given(exit_schedules() | inheritances() | SKIPPINGS | SAVED)
+@given(exit_schedules() | inheritances() | SKIPPINGS | PROPAGATIONS | SAVED)
 @settings(deadline=None)
 def test_settings_survive_json(method: Method) -> None:
     saved = json.loads(json.dumps(method.to_dict()))
@@ -148,10 +170,12 @@ def test_text_says_the_method_and_what_was_set(cls: type[Method]) -> None:
     text = str(EXAMPLES[cls.__name__])
     assert text.startswith(cls.__name__ + "(")
     expected = {
+        "EncoderPropagation": ["keys=(0, 2, 5)", "max_parallel=3"],
         "ExitSchedule": ["'ase-demo'"],
         "FeatureInheritance": ["interval=3", "order=2", "span=(1, -1)"],
         "LayerSkipping": ["speedup=1.5", "target_speedup=2.0"],
         "SavedPlan": ["2 evaluations", "2 units", "75%"],
+        "SkipTuning": ["rho=0.8", "time='decreasing'"],
     }
     assert all(part in text for part in expected[cls.__name__])
     assert "dense" not in text, "defaults only lengthen it"
@@ -185,7 +209,7 @@ def test_one_method_several_and_plans_are_accepted() -> None:
 
 @pytest.mark.parametrize("wrong", [None, "balanced", LayerSkipping, {"type": "LayerSkipping"}, [LayerSkipping(), 3]])
 def test_what_is_no_method_is_refused(wrong: Any) -> None:
-    with pytest.raises(ConfigError, match=r"Expected methods \(ExitSchedule, .*ComputePlan\); got"):
+    with pytest.raises(ConfigError, match=r"Expected methods \(EncoderPropagation, .*ComputePlan\); got"):
         as_methods(wrong)
 
 
