@@ -214,7 +214,10 @@ class Executor:
         scales = self._skip_scales.at(rows, None if sample is None else sample.device)
         self.hooks.scale_skips(scales, None if self._skip_scales.scales_control else control_of(arguments))
         if scales is not None:
-            self.record.skip_scales.update((self._first_evaluation + row, self._skip_scales.table[row]) for row in rows)
+            table = self._skip_scales.table
+            self.record.skip_scales.update(
+                (self._first_evaluation + row, table[row]) for row in rows if (table[row] != 1).any()
+            )
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments by the names in the denoiser's forward."""
