@@ -67,13 +67,18 @@ class GlyphJudge:
         reader: the network whose features and readings count.
         renders: number of reference renders.
         seed: the stream they come from.
+        font: the one face that they are in, index into `fastdiff.zoo.data.FONTS`; all by default. For ``glyphs-ddpm``,
+            `fastdiff.zoo.data.UNCONDITIONAL_FONT`.
     """
 
-    def __init__(self, reader: GlyphReader, renders: int = 2000, seed: int = HELD_OUT_SEED) -> None:
+    def __init__(
+        self, reader: GlyphReader, renders: int = 2000, seed: int = HELD_OUT_SEED, font: int | None = None
+    ) -> None:
         self._reader = reader.eval()
         self.renders = renders
         self.seed = seed
-        features, _ = self._look(render_many(seed, 0, renders)[0], None)
+        self.font = font
+        features, _ = self._look(render_many(seed, 0, renders, font)[0], None)
         self._reference = FeatureStatistics.of(features)
 
     def score(self, images: np.ndarray, asked: np.ndarray | None = None) -> Score:
@@ -105,7 +110,7 @@ class GlyphJudge:
             count: number of renders.
             questions: how many of `fastdiff.zoo.reader.QUESTIONS` to ask of each; none means that it is to be legible.
         """
-        images, labels = render_many(self.seed, self.renders, count)
+        images, labels = render_many(self.seed, self.renders, count, self.font)
         asked = labels[:, [LABELS.index(name) for name in QUESTIONS[:questions]]]
         return self.score(images, asked if questions else None)
 

@@ -8,9 +8,10 @@ is always the same image, whatever was drawn before it, so a data set is named b
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,9 @@ FONTS = (
     "DejaVuSerif-Italic",
     "DejaVuSerif-BoldItalic",
 )
+UNCONDITIONAL_FONT = FONTS.index("DejaVuSerif-Bold")
+"""The one face that ``glyphs-ddpm`` knows."""
+
 PALETTE = {
     "black": (25, 25, 25),
     "white": (235, 235, 235),
@@ -134,6 +138,12 @@ def _coverage(rng: np.random.Generator, character: int, font: int) -> np.ndarray
     return np.asarray(drawn.reduce(_SUPERSAMPLING), dtype=np.float32) / 255.0
 
 
+def _begin(seed: int, index: int) -> tuple[np.random.Generator, int, int]:
+    """The randomness of an image, with its character and font, which are drawn first."""
+    rng = np.random.default_rng([seed, index])
+    return rng, int(rng.integers(len(CHARACTERS))), int(rng.integers(len(FONTS)))
+
+
 def render(seed: int, index: int) -> Glyph:
     """Renders image ``index`` of the stream ``seed``.
 
@@ -144,9 +154,7 @@ def render(seed: int, index: int) -> Glyph:
     Returns:
         The image and its labels. The same arguments always give the same bytes.
     """
-    rng = np.random.default_rng([seed, index])
-    character = int(rng.integers(len(CHARACTERS)))
-    font = int(rng.integers(len(FONTS)))
+    rng, character, font = _begin(seed, index)
     foreground, background = color_pairs()[rng.integers(len(color_pairs()))]
     coverage = _coverage(rng, character, font)[..., None]
 
@@ -165,13 +173,22 @@ def to_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(images).movedim(-1, -3).float() / 127.5 - 1.0
 
 
-def render_many(seed: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+def render_many(seed: int, start: int, count: int, font: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Renders a run of the stream.
+
+    Args:
+        seed: names the stream.
+        start: the first image.
+        count: number of images.
+        font: index into ``FONTS``: leave out, and do not count, the images in other faces.
 
     Returns:
         uint8 images (count, 32, 32, 3) and int64 labels (count, 4): character, font, foreground, background.
     """
-    glyphs = [render(seed, index) for index in range(start, start + count)]
+    indices: Iterable[int] = itertools.count()
+    if font is not None:
+        indices = (index for index in indices if _begin(seed, index)[2] == font)
+    glyphs = [render(seed, index) for index in itertools.islice(indices, start, start + count)]
     return np.stack([glyph.image for glyph in glyphs]), np.array([glyph.labels for glyph in glyphs])
 
 

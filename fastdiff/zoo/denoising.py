@@ -59,7 +59,7 @@ def denoising_loss(
     scheduler: DDIMScheduler,
     shaping_timestep: int,
 ) -> StepLoss:
-    """Mean squared error of the predicted noise, weighted down where there is hardly any noise (min-SNR).
+    """Mean squared error of the predicted noise or velocity, weighted down where there is hardly any noise (min-SNR).
 
     Args:
         predict: the denoiser.
@@ -67,19 +67,24 @@ def denoising_loss(
         condition: what the denoiser is told about them.
         count: number of training samples.
         batch_size: samples per step.
-        scheduler: gives the noise levels.
+        scheduler: gives the noise levels, and what is predicted.
         shaping_timestep: timestep around which glyphs take their shape.
     """
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    precision = (
+        scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) + velocity
+    )  # 1 / squared error of clean samples
+    weights = precision.clamp(max=MIN_SNR_GAMMA) / precision
     shape = clean(torch.tensor([0])).shape[1:]
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         chosen, noise, timesteps = draw(count, shape, batch_size, shaping_timestep, generator)
         told = condition(chosen, generator)
+        samples = clean(chosen)
+        target = scheduler.get_velocity(samples, noise, timesteps) if velocity else noise
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = predict(scheduler.add_noise(clean(chosen), noise, timesteps), timesteps, told)
-        error = (predicted.float() - noise).square().mean((1, 2, 3))
+            predicted = predict(scheduler.add_noise(samples, noise, timesteps), timesteps, told)
+        error = (predicted.float() - target).square().mean((1, 2, 3))
         return (weights[timesteps] * error).mean()
 
     return loss

@@ -83,7 +83,7 @@ def export_text_to_image(
         text_encoder=_half_text_encoder(text_encoder),
         tokenizer=load_tokenizer(folder / "tokenizer"),
         unet=half_copy(unet),
-        scheduler=training_unet.build_scheduler(clip_sample=False),
+        scheduler=training_unet.build_scheduler(pixels=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -111,4 +111,4 @@ def export_unconditional(unet: UNet2DModel, folder: Path) -> None:
         unet: the denoiser.
         folder: replaced if it exists.
     """
-    _save(DDPMPipeline(unet=half_copy(unet), scheduler=training_unet.build_scheduler(clip_sample=True)), folder)
+    _save(DDPMPipeline(unet=half_copy(unet), scheduler=training_unet.build_scheduler(pixels=True)), folder)

@@ -19,19 +19,21 @@ LATENT_SHAPING_TIMESTEP = 350
 PIXEL_SHAPING_TIMESTEP = 500  # an image has twelve times as many values as its latent, so that more noise hides as much
 
 
-def build_scheduler(*, clip_sample: bool) -> DDIMScheduler:
-    """The noise schedule of both UNets: 1000 steps, linear betas, noise prediction; the rest as in Stable Diffusion.
+def build_scheduler(*, pixels: bool) -> DDIMScheduler:
+    """The noise schedule of both UNets: 1000 steps, linear betas; the rest as in Stable Diffusion.
 
     Args:
-        clip_sample: keep predicted clean samples within [-1, 1], as pixels are and latents are not.
+        pixels: of the model of pixels. It predicts velocities, and clean samples are clipped to [-1, 1]. Whatever many
+            pixels share, such as a colour, still shows through noise so strong that an error of the predicted noise
+            would change it beyond recognition.
     """
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.0001,
         beta_end=0.02,
         beta_schedule="linear",
-        prediction_type="epsilon",
-        clip_sample=clip_sample,
+        prediction_type="v_prediction" if pixels else "epsilon",
+        clip_sample=pixels,
         set_alpha_to_one=False,
         steps_offset=1,
     )
@@ -156,7 +158,7 @@ def text_loss(
         caption_condition(tokenizer, labels),
         count=len(latents),
         batch_size=batch_size,
-        scheduler=build_scheduler(clip_sample=False),
+        scheduler=build_scheduler(pixels=False),
         shaping_timestep=LATENT_SHAPING_TIMESTEP,
     )
 
@@ -176,6 +178,6 @@ def pixel_loss(unet: UNet2DModel, images: torch.Tensor, batch_size: int) -> Step
         lambda chosen, generator: None,
         count=len(images),
         batch_size=batch_size,
-        scheduler=build_scheduler(clip_sample=True),
+        scheduler=build_scheduler(pixels=True),
         shaping_timestep=PIXEL_SHAPING_TIMESTEP,
     )

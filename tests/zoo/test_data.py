@@ -25,6 +25,14 @@ def test_same_numbers_same_image_whatever_was_drawn_before() -> None:
     assert first.labels == again.labels
 
 
+def test_images_of_one_font_are_those_of_the_stream() -> None:
+    images, labels = data.render_many(5, 0, 200)
+    chosen = np.flatnonzero(labels[:, 1] == 9)
+    only, only_labels = data.render_many(5, 2, 4, font=9)
+    assert np.array_equal(only, images[chosen[2:6]])
+    assert np.array_equal(only_labels, labels[chosen[2:6]])
+
+
 def test_another_process_draws_the_same_bytes() -> None:
     images, labels = data.render_many(5, 100, 12)
     code = (

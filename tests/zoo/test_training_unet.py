@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fastdiff.zoo import captions, data, export, training, training_unet
+from fastdiff.zoo.denoising import denoising_loss
 from fastdiff.zoo.training_loop import LoopConfig, fit
 
 
@@ -117,6 +118,38 @@ def test_loss_of_a_batch_falls_when_the_pixel_model_trains(rendered: tuple[torch
         optimizer.step()
         values.append(value.item())
     assert values[-1] < 0.7 * values[0]
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_loss_of_perfect_predictions_is_zero_and_of_none_the_weighted_target(pixels: bool) -> None:
+    scheduler = training_unet.build_scheduler(pixels=pixels)
+    clean = torch.full((1, 3, 4, 4), 0.5)
+    seen = {}
+
+    def loss_of(share: float) -> float:
+        def predict(noisy: torch.Tensor, timesteps: torch.Tensor, nothing: None) -> torch.Tensor:
+            alphas = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+            noise = (noisy.float() - alphas.sqrt() * clean) / (1 - alphas).sqrt()
+            target = alphas.sqrt() * noise - (1 - alphas).sqrt() * clean if pixels else noise
+            seen[share] = timesteps
+            return share * target
+
+        step = denoising_loss(
+            predict,
+            lambda chosen: clean.expand(len(chosen), -1, -1, -1),
+            lambda chosen, generator: None,
+            count=1,
+            batch_size=512,
+            scheduler=scheduler,
+            shaping_timestep=500,
+        )
+        return step(torch.Generator().manual_seed(0)).item()
+
+    assert loss_of(1.0) < 1e-6
+    alphas = scheduler.alphas_cumprod[seen[1.0]].double()
+    snr = alphas / (1 - alphas)
+    expected = (5 / (snr + 1)).clamp(max=1) * (alphas + (1 - alphas) * 0.25) if pixels else (5 / snr).clamp(max=1)
+    assert loss_of(0.0) == pytest.approx(expected.mean().item(), rel=0.03)
 
 
 class TestExport:
