@@ -131,14 +131,14 @@ class EncoderPropagation(Method):
             steps, keys = KEY_SETS[self.keys]
             scaled = keys if self.official_truncate else (round(key * evaluations / steps) for key in keys)
             return tuple(sorted({key for key in scaled if key < evaluations}))
-        keys = tuple(int(key) for key in self.keys(evaluations)) if callable(self.keys) else self.keys
+        keys = tuple(self.keys(evaluations)) if callable(self.keys) else self.keys
         _check_indices(keys)
         if beyond := [key for key in keys if key >= evaluations]:
             raise ConfigError(
                 f"EncoderPropagation.keys names evaluation {beyond[0]}, but this call makes {evaluations}, 0 to "
                 f"{evaluations - 1}. Give a named set or a function to fit any number of steps."
             )
-        return tuple(sorted(set(keys)))
+        return tuple(sorted({int(key) for key in keys}))
 
     def _is_key(self, evaluations: int) -> np.ndarray:
         return np.isin(np.arange(evaluations), self.key_evaluations(evaluations))
