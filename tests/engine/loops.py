@@ -1,4 +1,4 @@
-"""A sampling loop as pipelines write it, around a tiny UNet, and encoder propagation written down a second time."""
+"""A sampling loop as pipelines write it, around a tiny UNet, and the reuse of features written down a second time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def small_unet(**changes: Any) -> UNet2DConditionModel:
 
 def make_scheduler(name: str = "DDIM", **config: Any) -> Any:
     """Returns a scheduler with Stable Diffusion's noise levels."""
-    return getattr(diffusers, f"{name}Scheduler")(**NOISE | config)
+    cls = getattr(diffusers, f"{name}Scheduler")
+    unclipped = {"clip_sample": False} if "clip_sample" in inspect.signature(cls.__init__).parameters else {}
+    return cls(**NOISE | unclipped | config)
 
 
 @dataclass
@@ -123,16 +125,15 @@ def _rows(value: Any, first: int, number: int) -> Any:
     return value[first : first + number] if isinstance(value, torch.Tensor) and value.ndim else value
 
 
-# -- the method, written down a second time ----------------------------------------------------------------------------
+# -- reuse, written down a second time ---------------------------------------------------------------------------------
 
 
 @contextmanager
-def propagated(model: UNet2DConditionModel, keys: Sequence[int]) -> Iterator[None]:
-    """Makes the first convolution, the down stages and the bottleneck run in the calls of these numbers only.
+def kept_between(model: nn.Module, modules: Sequence[nn.Module], keys: Sequence[int]) -> Iterator[None]:
+    """Makes some modules run in the calls of these numbers only; in others they return what they returned last.
 
-    In all others they return what they returned last, copied as often as it is handed out; there is nothing else to it.
+    It is copied as often as it is handed out, and the rest of the model runs as it always does.
     """
-    encoder = [model.conv_in, *model.down_blocks, model.mid_block]
     kept: dict[int, Any] = {}
     calls = 0
 
@@ -140,7 +141,7 @@ def propagated(model: UNet2DConditionModel, keys: Sequence[int]) -> Iterator[Non
         nonlocal calls
         calls += 1
 
-    def stage_forward(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def module_forward(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if calls - 1 not in keys:
             return copy.deepcopy(kept[index])
         output = forward(*args, **kwargs)
@@ -148,14 +149,19 @@ def propagated(model: UNet2DConditionModel, keys: Sequence[int]) -> Iterator[Non
         return output
 
     handle = model.register_forward_pre_hook(note)
-    for index, stage in enumerate(encoder):
-        stage.forward = functools.partial(stage_forward, index, stage.forward)
+    for index, module in enumerate(modules):
+        module.forward = functools.partial(module_forward, index, module.forward)
     try:
         yield
     finally:
         handle.remove()
-        for stage in encoder:
-            del vars(stage)["forward"]
+        for module in modules:
+            del vars(module)["forward"]
+
+
+def encoder_of(model: UNet2DConditionModel) -> list[nn.Module]:
+    """Returns the first convolution, the down stages and the bottleneck."""
+    return [model.conv_in, *model.down_blocks, model.mid_block]
 
 
 class RowCounter:

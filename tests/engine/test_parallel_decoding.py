@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from engine.loops import RowCounter, Sampled, counters, propagated, sample_loop, small_unet, text_of
+from engine.loops import RowCounter, Sampled, counters, encoder_of, kept_between, sample_loop, small_unet, text_of
 from torch import nn
 
 from fastdiff import EncoderPropagation
@@ -117,7 +117,7 @@ def test_sequential_is_the_method_written_down_a_second_time() -> None:
         model = small_unet()
         method = EncoderPropagation(parallel=False, **NO_NOISE)
         sampled = sample_loop(model, method, scheduler=scheduler, batch=2)
-        with propagated(model, method.key_evaluations(len(sampled.predictions))):
+        with kept_between(model, encoder_of(model), method.key_evaluations(len(sampled.predictions))):
             assert_same(sample_loop(model, scheduler=scheduler, batch=2), sampled)
 
 
@@ -313,7 +313,7 @@ def test_freeu_does_not_write_into_kept_features() -> None:
         parallel = sample_loop(model, EncoderPropagation(**method))
         assert_same(sequential, parallel)
         assert_same(parallel, sample_loop(model, EncoderPropagation(**method)))
-        with propagated(model, keys):
+        with kept_between(model, encoder_of(model), keys):
             assert_same(sequential, sample_loop(model))
         model.disable_freeu()
         assert not torch.equal(sequential.latents, sample_loop(model, EncoderPropagation(**method)).latents)
@@ -347,7 +347,7 @@ def test_residuals_are_added_once_to_what_is_reused(residuals: Callable[..., dic
         sequential = sample_loop(model, EncoderPropagation(keys=keys, parallel=False, **NO_NOISE), **arguments)
         parallel = sample_loop(model, EncoderPropagation(keys=keys, **NO_NOISE), **arguments)
         assert_same(sequential, parallel)
-        with propagated(model, keys):
+        with kept_between(model, encoder_of(model), keys):
             assert_same(sequential, sample_loop(model, **arguments))
         assert not torch.equal(sequential.latents, sample_loop(model, EncoderPropagation(keys=keys)).latents)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from engine.loops import NOISE, RowCounter, make_scheduler, sample_loop, small_unet
+from engine.loops import RowCounter, make_scheduler, sample_loop, small_unet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -220,17 +220,11 @@ def injections(method: EncoderPropagation, steps: int = 50, **options: Any) -> n
 
 
 def _grid(steps: int) -> tuple[list[int], np.ndarray]:
-    scheduler = make_scheduler("DDIM", clip_sample=False)
+    scheduler = make_scheduler("DDIM")
     scheduler.set_timesteps(steps)
     return scheduler.timesteps.tolist(), scheduler.alphas_cumprod.double().numpy()
 
 
-@pytest.fixture
-def _no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NOISE, "clip_sample", False)
-
-
-@pytest.mark.usefixtures("_no_clipping")
 def test_prior_noise_is_added_before_each_evaluation_of_the_last_half() -> None:
     added = injections(EncoderPropagation(keys=1))
     assert np.flatnonzero(np.abs(added) > 1e-4).tolist() == list(range(25, 50))
@@ -241,7 +235,6 @@ def test_prior_noise_is_added_before_each_evaluation_of_the_last_half() -> None:
     assert weight == pytest.approx(0.096, abs=0.004)
 
 
-@pytest.mark.usefixtures("_no_clipping")
 @pytest.mark.parametrize(
     ("options", "first"),
     [({"tau": 0.2}, 16), ({"tau": 1.0}, 0), ({"inject": "official-parallel"}, 11), ({"tau": 0.5}, 10)],
