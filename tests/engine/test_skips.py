@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,12 @@ from fastdiff import EncoderPropagation, FastDiffNoEffectWarning, FeatureInherit
 from fastdiff.backbones import view
 from fastdiff.engine import sampling_run
 from fastdiff.engine.hooks import InstalledHooks
-from fastdiff.engine.skips import scaled
+from fastdiff.engine.skips import SkipScales, scaled
+from fastdiff.methods import PlanRequest
 from tiny.base import TinyModel
 from tiny.models import TINY_MODELS
 from tiny.per_sample import one_sample_at_a_time
+from tiny.plans import grid_of
 from tiny.sampling import accelerate, calls_of, evaluate, traces
 from tiny.unet_pipelines import UNET_PIPELINES
 from tiny.unets import TINY_UNETS
@@ -443,6 +446,14 @@ def test_factors_of_several_methods_are_multiplied() -> None:
     assert all_equal(both, sampled(name, SkipTuning(rho=0.25)))
     with pytest.raises(fastdiff.ConfigError, match="exclude_control"):
         sampled(name, [SkipTuning(rho=0.5), SkipTuning(rho=0.5, exclude_control=True)])
+
+
+def test_table_that_does_not_fit_the_call_is_refused() -> None:
+    backbone = view(WITH_SKIPS["UNet2DModel (DDPM)"].build())
+    request = PlanRequest(backbone, grid_of(TIMESTEPS), lambda: pytest.fail("nothing is measured"))
+    method: Any = SimpleNamespace(skip_scales=lambda request: np.ones((3, 11)), scales_control=True)
+    with pytest.raises(fastdiff.ConfigError, match=r"shape \(3, 11\).*= \(3, 12\)"):
+        SkipScales.of([method], request)
 
 
 # -- torch.compile -----------------------------------------------------------------------------------------------------
