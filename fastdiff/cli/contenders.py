@@ -21,8 +21,12 @@ TRANSFORMER_METHODS: dict[str, tuple[str, Method]] = {
 """Label and method of the training-free contenders, by key."""
 
 UNET_METHODS: dict[str, tuple[str, Method]] = {
-    "encoder-propagation-sequential": ("Encoder propagation, sequential", EncoderPropagation(parallel=False)),
-    "encoder-propagation": ("Encoder propagation, parallel", EncoderPropagation()),
+    "encoder-propagation-sequential": (
+        "Encoder propagation, published keys, sequential",
+        EncoderPropagation(parallel=False),
+    ),
+    "encoder-propagation": ("Encoder propagation, published keys, parallel", EncoderPropagation()),
+    "encoder-propagation-uniform-3": ("Encoder propagation, every 3rd, parallel", EncoderPropagation(3)),
     "deepcache-2": ("DeepCache, every 2nd step", FeatureInheritance.deepcache(2)),
     "deepcache-3": ("DeepCache, every 3rd", FeatureInheritance.deepcache(3)),
     "deepcache-5": ("DeepCache, every 5th", FeatureInheritance.deepcache(5)),
