@@ -36,6 +36,8 @@ class PlanRequest:
         """A plan that computes everything, labelled with the method."""
         timesteps = [float(timestep) for timestep in self.grid.timesteps]
         meta = {"denoiser": self.backbone.class_name, "timesteps": timesteps, "methods": [str(method)]}
+        if self.backbone.level != "layer":
+            meta["level"] = self.backbone.level
         return ComputePlan.full(len(self.grid), self.backbone.names, **meta)
 
 
@@ -166,6 +168,11 @@ class SavedPlan(Method):
                 "Use the step count and scheduler it was made for, or make a new plan."
             )
         return self.saved
+
+    @property
+    def view_level(self) -> str:
+        """How finely the plan sees its denoiser."""
+        return "branch" if self.saved.meta.get("level") == "branch" else "layer"
 
     @property
     def is_neutral(self) -> bool:
