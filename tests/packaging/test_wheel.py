@@ -59,8 +59,10 @@ def test_only_fastdiff_is_at_the_top(wheel: zipfile.ZipFile) -> None:
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 sys.path[:0] = sys.argv[1:]
-import fastdiff
-for module in pkgutil.walk_packages(fastdiff.__path__, "fastdiff."):
+import itertools, fastdiff, fastdiff.kernels
+# Walking passes over a folder without __init__.py.
+kernels = pkgutil.walk_packages(fastdiff.kernels.__path__, "fastdiff.kernels.")
+for module in itertools.chain(pkgutil.walk_packages(fastdiff.__path__, "fastdiff."), kernels):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 print(*sorted(getattr(sys.modules[n], "__file__", None) or "" for n in sys.modules if n.split(".")[0] == "fastdiff"))
