@@ -1,7 +1,7 @@
 """Kernels that take one sample at a time, so that what a model makes of a sample does not depend on its batch.
 
-Kernels group their sums as the whole batch's shape and strides suggest, and one sample comes out a few ulps apart. Under
-`one_sample_at_a_time` several evaluations stacked into one call can be compared bit by bit with as many calls.
+Kernels group their sums as the whole batch's shape and strides suggest, and one sample comes out a few ulps apart.
+Under `one_sample_at_a_time` several evaluations stacked into one call can be compared bit by bit with as many calls.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ def _if_upscale_inpaint(call: Call) -> dict[str, Any]:
 # -- Kandinsky ---------------------------------------------------------------------------------------------------------
 
 
-def _kandinsky(config: dict[str, Any], **changes: Any) -> Callable[[], Components]:
+def kandinsky(config: dict[str, Any], **changes: Any) -> Callable[[], Components]:
+    """Returns what makes the components of Kandinsky 2.2 with a UNet of this configuration."""
     return lambda: {"unet": unet(config, **changes), "scheduler": _kandinsky_scheduler(), "movq": movq()}
 
 
@@ -152,7 +153,8 @@ def _kandinsky3_from_image(call: Call) -> dict[str, Any]:
 # -- Stable Cascade ----------------------------------------------------------------------------------------------------
 
 
-def _cascade(name: str, config: dict[str, Any], **others: Any) -> Components:
+def cascade(name: str, config: dict[str, Any], **others: Any) -> Components:
+    """Returns the components of one stage, whose denoiser has this name."""
     model = build(diffusers.StableCascadeUNet, config)
     encoder = text_encoder(projection=unets.POOLED)
     parts = {name: model, "scheduler": diffusers.DDPMWuerstchenScheduler()}
@@ -189,22 +191,22 @@ ENTRIES = [
     entry("IFImg2ImgSuperResolutionPipeline", _if_upscale, _if_upscale_from_image),
     entry("IFInpaintingPipeline", lambda: _if(unets.IF), _if_inpaint),
     entry("IFInpaintingSuperResolutionPipeline", _if_upscale, _if_upscale_inpaint),
-    entry("KandinskyV22Pipeline", _kandinsky(unets.KANDINSKY), _kandinsky_call),
-    entry("KandinskyV22Img2ImgPipeline", _kandinsky(unets.KANDINSKY), _kandinsky_from_image),
-    entry("KandinskyV22InpaintPipeline", _kandinsky(unets.KANDINSKY, in_channels=9), _kandinsky_inpaint),
-    entry("KandinskyV22ControlnetPipeline", _kandinsky(unets.KANDINSKY_HINT), _hinted(_kandinsky_call)),
-    entry("KandinskyV22ControlnetImg2ImgPipeline", _kandinsky(unets.KANDINSKY_HINT), _hinted(_kandinsky_from_image)),
+    entry("KandinskyV22Pipeline", kandinsky(unets.KANDINSKY), _kandinsky_call),
+    entry("KandinskyV22Img2ImgPipeline", kandinsky(unets.KANDINSKY), _kandinsky_from_image),
+    entry("KandinskyV22InpaintPipeline", kandinsky(unets.KANDINSKY, in_channels=9), _kandinsky_inpaint),
+    entry("KandinskyV22ControlnetPipeline", kandinsky(unets.KANDINSKY_HINT), _hinted(_kandinsky_call)),
+    entry("KandinskyV22ControlnetImg2ImgPipeline", kandinsky(unets.KANDINSKY_HINT), _hinted(_kandinsky_from_image)),
     entry("Kandinsky3Pipeline", _kandinsky3, _kandinsky3_call),
     entry("Kandinsky3Img2ImgPipeline", _kandinsky3, _kandinsky3_from_image),
     entry(
         "StableCascadePriorPipeline",
-        lambda: _cascade("prior", unets.CASCADE_PRIOR | {"clip_image_in_channels": 768}),
+        lambda: cascade("prior", unets.CASCADE_PRIOR | {"clip_image_in_channels": 768}),
         _cascade_prior_call,
         denoisers=("prior",),
     ),
     entry(
         "StableCascadeDecoderPipeline",
-        lambda: _cascade("decoder", unets.CASCADE_DECODER, vqgan=None),
+        lambda: cascade("decoder", unets.CASCADE_DECODER, vqgan=None),
         _cascade_decoder_call,
         denoisers=("decoder",),
     ),

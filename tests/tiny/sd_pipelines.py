@@ -190,8 +190,8 @@ def load_ip_adapter(model: UNet2DConditionModel) -> None:
 
 
 def ip_adapter_call(call: Call) -> dict[str, Any]:
-    """Returns the arguments of text-to-image with an image prompt."""
-    embeds = call.draw(call.batch, 1, unets.IMAGE_DIM)
+    """Returns the arguments of text-to-image with one image prompt for all items."""
+    embeds = call.draw(1, 1, unets.IMAGE_DIM)
     both = torch.cat([torch.zeros_like(embeds), embeds]) if call.guidance else embeds
     return size(call) | {"ip_adapter_image_embeds": [both]}
 

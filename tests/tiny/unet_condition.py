@@ -234,7 +234,12 @@ CASCADE_PRIOR = _CASCADE | {
     "clip_image_in_channels": IMAGE_DIM,
     "switch_level": (False, True),
 }
-CASCADE_DECODER = _CASCADE | {"up_blocks_repeat_mappers": (1, 2, 1), "effnet_in_channels": 4, "patch_size": 2, "timestep_conditioning_type": ("sca",)}
+CASCADE_DECODER = _CASCADE | {
+    "up_blocks_repeat_mappers": (1, 2, 1),
+    "effnet_in_channels": 4,
+    "patch_size": 2,
+    "timestep_conditioning_type": ("sca",),
+}
 
 ENTRIES = [
     entry("UNet2DConditionModel", SD, text, LEVELS, variant="SD"),

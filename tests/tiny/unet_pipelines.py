@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import diffusers
 
-from . import further_pipelines, guided_pipelines, pixel_pipelines, sd_pipelines, sdxl_pipelines, video_pipelines
+from . import (
+    further_pipelines,
+    guided_pipelines,
+    pixel_pipelines,
+    sd_pipelines,
+    sdxl_pipelines,
+    staged_pipelines,
+    video_pipelines,
+)
 from .pipeline_base import TinyPipeline
 
-_MODULES = (sd_pipelines, sdxl_pipelines, guided_pipelines, pixel_pipelines, video_pipelines, further_pipelines)
+_MODULES = (
+    sd_pipelines,
+    sdxl_pipelines,
+    guided_pipelines,
+    pixel_pipelines,
+    video_pipelines,
+    staged_pipelines,
+    further_pipelines,
+)
 UNET_PIPELINES: dict[str, TinyPipeline] = {
     entry.name: entry
     for module in _MODULES
