@@ -7,6 +7,8 @@ Every function takes tensors on any device and of any floating-point dtype, and 
 from __future__ import annotations
 
 from fastdiff.kernels.dispatch import KernelInputError, KernelUnavailableError
+from fastdiff.kernels.geglu import geglu, gelu_tanh
 from fastdiff.kernels.lincomb import lincomb
+from fastdiff.kernels.residual_norm_modulate import residual_norm_modulate
 
-__all__ = ["KernelInputError", "KernelUnavailableError", "lincomb"]
+__all__ = ["KernelInputError", "KernelUnavailableError", "geglu", "gelu_tanh", "lincomb", "residual_norm_modulate"]
