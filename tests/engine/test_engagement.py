@@ -11,13 +11,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from engine.cases import (
-    EVERY_METHOD,
+    EVERY_CASE,
     NEUTRAL,
-    SOME_PIPELINES,
     STEPS,
     accelerated,
     build,
+    component_of,
     denoiser_calls,
+    denoiser_of,
     record_of,
     sample,
 )
@@ -41,8 +42,7 @@ def test_too_few_steps_warn(name: str) -> None:
     assert named == [inspect.getfile(sample)]  # where the pipeline is called, not where fastdiff warns
 
 
-@SOME_PIPELINES
-@EVERY_METHOD
+@EVERY_CASE
 def test_active_methods_do_not_warn_and_neutral_ones_need_not(name: str, method: str) -> None:
     pipe = accelerated(name, method)
     with warnings.catch_warnings():
@@ -118,8 +118,7 @@ def test_more_evaluations_than_the_grid_are_computed_and_told() -> None:
 # -- the record --------------------------------------------------------------------------------------------------------
 
 
-@SOME_PIPELINES
-@EVERY_METHOD
+@EVERY_CASE
 def test_record_says_what_happened(name: str, method: str) -> None:
     pipe = accelerated(name, method)
     sample(pipe, name)
@@ -128,8 +127,8 @@ def test_record_says_what_happened(name: str, method: str) -> None:
     assert run.completed
     assert 0 < run.seconds < 600
     assert run.methods == tuple(str(method) for method in pipe.fastdiff.methods)
-    assert list(run.denoisers) == ["transformer"]
-    assert record.class_name == type(pipe.transformer).__name__
+    assert list(run.denoisers) == [component_of(pipe)]
+    assert record.class_name == type(denoiser_of(pipe)).__name__
     cells = record.cells()
     assert sum(cells.values()) == len(record.calls) * len(record.units)
     by_branch = [record.cells(branch) for branch in record.branches]

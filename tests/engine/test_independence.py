@@ -13,13 +13,16 @@ import torch
 from diffusers import DiffusionPipeline
 from engine.cases import (
     ANY_STEPS,
-    EVERY_METHOD,
+    EVERY_CASE,
     METHODS,
     SOME_PIPELINES,
     STEPS,
+    UNET_CASES,
+    UNET_METHODS,
     accelerated,
     build,
     denoiser_calls,
+    denoiser_of,
     methods_for,
     record_of,
     sample,
@@ -30,6 +33,7 @@ from fastdiff import ExitSchedule, FeatureInheritance, ProfileMismatchError
 from fastdiff.backbones import view
 
 WIDE = {"height": 32, "width": 64}
+OF_ONE_SIZE = ("DiTPipeline", "DDIMPipeline")
 CHANGES: dict[str, dict[str, Any]] = {
     "batch": {"batch": 2},
     "steps": {"steps": STEPS + 2},
@@ -61,20 +65,20 @@ def with_solver(pipe: DiffusionPipeline, solver: str) -> DiffusionPipeline:
     ("name", "method"),
     [("DiTPipeline", method) for method in ANY_STEPS]
     + [(name, method) for name in ("PixArtAlphaPipeline", "FluxPipeline") for method in ("layers-reuse", "inherit-1")]
-    + [("StableDiffusion3Pipeline", method) for method in ("inherit-2", "merged")],
+    + [("StableDiffusion3Pipeline", method) for method in ("inherit-2", "merged")]
+    + UNET_CASES,
 )
 def test_call_after_another_is_a_fresh_one(name: str, method: str) -> None:
     pipe = accelerated(name, method)
     first = sample(pipe, name)
-    changes = [change for change in CHANGES.values() if name != "DiTPipeline" or change is not WIDE]
+    changes = [change for change in CHANGES.values() if name not in OF_ONE_SIZE or change is not WIDE]
     for change in changes:
         assert torch.equal(sample(pipe, name, **change), sample(accelerated(name, method), name, **change)), change
         assert not record_of(pipe).fallbacks
     assert torch.equal(sample(pipe, name), first)
 
 
-@SOME_PIPELINES
-@EVERY_METHOD
+@EVERY_CASE
 def test_two_calls_with_one_seed_agree(name: str, method: str) -> None:
     pipe = accelerated(name, method)
     first = sample(pipe, name)
@@ -195,7 +199,7 @@ class Broken(Exception):
 
 def assert_at_rest(pipe: Any) -> None:
     """Nothing of a call is left on an accelerated pipeline: no watching, nothing kept, every unit computes."""
-    denoiser = pipe.transformer
+    denoiser = denoiser_of(pipe)
     assert not denoiser._forward_pre_hooks
     assert "cache_context" not in vars(denoiser)
     assert not {"step", "set_timesteps"} & set(vars(pipe.scheduler))
@@ -220,7 +224,7 @@ def in_method(name: str, error: type[BaseException]) -> Callable[..., dict[str, 
     """Makes the fourth call of the scheduler's or of the first block's method fail."""
 
     def arrange(pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-        owner = type(pipe.scheduler if name == "step" else view(pipe.transformer).units[0].module)
+        owner = type(pipe.scheduler if name == "step" else view(denoiser_of(pipe)).units[0].module)
         method, calls = getattr(owner, name), []
 
         @functools.wraps(method)
@@ -236,32 +240,38 @@ def in_method(name: str, error: type[BaseException]) -> Callable[..., dict[str, 
     return arrange
 
 
-@pytest.mark.parametrize("method", ["inherit-1", "layers-reuse", "exit-step"])
+FAILING_TRANSFORMERS = [
+    *itertools.product(["DiTPipeline"], ["step", "forward"], ["inherit-1", "layers-reuse", "exit-step"]),
+    *itertools.product(["FluxPipeline"], ["callback", "forward"], ["inherit-1", "layers-reuse", "exit-step"]),
+]
+FAILING_UNETS = [
+    *itertools.product(["StableDiffusionPipeline"], ["callback", "step"], ["propagate", "deepcache"]),
+    ("DDIMPipeline", "step", "propagate"),
+]
+
+
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
-@pytest.mark.parametrize(
-    ("name", "where"),
-    [("DiTPipeline", "step"), ("DiTPipeline", "forward"), ("FluxPipeline", "callback"), ("FluxPipeline", "forward")],
-)
+@pytest.mark.parametrize(("name", "where", "method"), FAILING_TRANSFORMERS + FAILING_UNETS)
 def test_interrupted_call_leaves_nothing(
     name: str, where: str, error: type[BaseException], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = build(name)
-    units = view(pipe.transformer).names
+    units = view(denoiser_of(pipe)).names
     inputs = denoiser_calls(pipe, name, seed=9)[-1]
     with torch.no_grad():
-        plain = pipe.transformer(**inputs, return_dict=False)[0]
+        plain = denoiser_of(pipe)(**inputs, return_dict=False)[0]
     expected = sample(accelerated(name, method), name)
 
     arrange = in_callback(error) if where == "callback" else in_method(where, error)
     with monkeypatch.context() as patch:
         arguments = arrange(pipe, patch)
-        fastdiff.enable(pipe, METHODS[method](units, STEPS))
+        fastdiff.enable(pipe, (METHODS | UNET_METHODS)[method](units, STEPS))
         with pytest.raises(error):
             sample(pipe, name, seed=2, **arguments)
     assert not pipe.fastdiff.last_run.completed
     assert len(record_of(pipe).calls) > 0
     assert_at_rest(pipe)
     with torch.no_grad():
-        assert torch.equal(pipe.transformer(**inputs, return_dict=False)[0], plain)
+        assert torch.equal(denoiser_of(pipe)(**inputs, return_dict=False)[0], plain)
     assert torch.equal(sample(pipe, name), expected)
     assert pipe.fastdiff.last_run.completed

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from engine.cases import (
-    EVERY_METHOD,
+    EVERY_CASE,
     SOME_PIPELINES,
     STEPS,
     accelerated,
@@ -42,8 +42,7 @@ def state(pipe: Any) -> dict[str, Any]:
     return found
 
 
-@SOME_PIPELINES
-@EVERY_METHOD
+@EVERY_CASE
 def test_disable_leaves_no_trace(name: str, method: str) -> None:
     pipe = build(name)
     plain = sample(pipe, name)
