@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 from engine.cases import STEPS, accelerated, build, methods_for, record_of, sample
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiff
-from fastdiff import FeatureInheritance
+from fastdiff import EncoderPropagation, FeatureInheritance
 from fastdiff.backbones import view
 from fastdiff.engine.program import Program, lower
 from fastdiff.plan import Action
+from tiny.base import build as build_model
 
 INDUCTOR_TOLERANCE = 1e-4
 """Share of the largest value: fused kernels round elsewhere."""
@@ -140,6 +141,73 @@ def test_limit_of_graphs_is_put_back() -> None:
     sample(pipe, "DiTPipeline")
     assert min(seen) >= 64
     assert torch._dynamo.config.recompile_limit == before
+
+
+# -- UNets -------------------------------------------------------------------------------------------------------------
+
+
+def pixel_pipeline() -> DDIMPipeline:
+    """Returns a pipeline whose UNet has two stages without attention, to compile little."""
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D",) * 2,
+        "up_block_types": ("UpBlock2D",) * 2,
+        "add_attention": False,
+    }
+    pipe = DDIMPipeline(build_model(UNet2DModel, config), DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pixels(pipe: DDIMPipeline, steps: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(batch_size=2, num_inference_steps=steps, generator=generator, output_type="np").images
+    return torch.as_tensor(images)
+
+
+@pytest.mark.parametrize(
+    ("method", "keeps"),
+    [
+        (FeatureInheritance.deepcache(3, 0), True),
+        (EncoderPropagation(keys=4, parallel=False), True),
+        pytest.param(FeatureInheritance(level="branch", keep_up=1), False, marks=pytest.mark.slow),
+        pytest.param(FeatureInheritance(order=1, last_key=False), True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_graphs_of_unets_are_the_distinct_rows(method: FeatureInheritance | EncoderPropagation, keeps: bool) -> None:
+    """And the first evaluation, which notes the shapes of what later ones leave out."""
+    pipe = fastdiff.enable(pixel_pipeline(), method)
+    expected = pixels(pipe, 12)
+    counter = CompileCounterWithBackend("eager")
+    pipe.unet.compile(backend=counter, fullgraph=True)
+
+    assert torch.equal(pixels(pipe, 12), expected)
+    plan = pipe.fastdiff.last_run.denoisers["unet"].plans[0]
+    graphs = lower(plan, view(pipe.unet, method.view_level)).patterns + keeps
+    assert counter.frame_count == graphs
+    for steps in (12, 24, 36):
+        pixels(pipe, steps)
+        assert counter.frame_count == graphs
+
+
+def test_graphs_of_stacked_evaluations_are_their_numbers() -> None:
+    """The first evaluation, an encoder, a call that is answered, and a decoder for each number of evaluations."""
+    pipe = fastdiff.enable(pixel_pipeline(), EncoderPropagation(keys=4))
+    expected = pixels(pipe, 12)
+    counter = CompileCounterWithBackend("eager")
+    pipe.unet.compile(backend=counter, fullgraph=True)
+
+    assert torch.equal(pixels(pipe, 12), expected)
+    batches = pipe.fastdiff.last_run.denoisers["unet"].batches
+    assert batches == [3, 4, 4]
+    assert counter.frame_count == 3 + len(set(batches))
+    for steps in (12, 24):
+        pixels(pipe, steps)
+        assert counter.frame_count == 3 + len(set(batches))
 
 
 def check_inductor(pipe: DiffusionPipeline, name: str, how: str) -> None:

@@ -231,6 +231,27 @@ def test_keys_count_evaluations(solver: str, evaluations: int) -> None:
     assert sum(decoder.rows) == 2 * evaluations
 
 
+@pytest.mark.parametrize("stage", ["down_blocks.1", "up_blocks.1"])
+def test_weights_matter_in_the_call_that_makes_the_predictions(stage: str) -> None:
+    """All of a group's predictions are made in its key's call: what the weights are later does not matter to them."""
+    model = small_unet()
+    weight = model.get_submodule(stage).resnets[0].conv1.weight
+    clean = weight.detach().clone()
+
+    def spoiled(at: int) -> list[bool]:
+        def spoil(evaluation: int, call: dict[str, Any]) -> dict[str, Any]:
+            with torch.no_grad():
+                weight.copy_(torch.full_like(clean, torch.nan) if evaluation == at else clean)
+            return call
+
+        latents = sample_loop(model, EVERY_FOURTH, before=spoil)
+        return [not torch.isfinite(prediction).all() for prediction in latents.predictions]
+
+    assert not any(spoiled(5) + spoiled(6) + spoiled(7))
+    assert spoiled(4) == [False] * 4 + [True] * 8
+    assert spoiled(1) == ([False] * 12 if stage.startswith("down") else [False] + [True] * 11)
+
+
 # -- what a prediction depends on --------------------------------------------------------------------------------------
 
 
