@@ -10,5 +10,15 @@ from fastdiff.kernels.dispatch import KernelInputError, KernelUnavailableError
 from fastdiff.kernels.geglu import geglu, gelu_tanh
 from fastdiff.kernels.lincomb import lincomb
 from fastdiff.kernels.residual_norm_modulate import residual_norm_modulate
+from fastdiff.kernels.rows import gather_rows, scatter_rows
 
-__all__ = ["KernelInputError", "KernelUnavailableError", "geglu", "gelu_tanh", "lincomb", "residual_norm_modulate"]
+__all__ = [
+    "KernelInputError",
+    "KernelUnavailableError",
+    "gather_rows",
+    "geglu",
+    "gelu_tanh",
+    "lincomb",
+    "residual_norm_modulate",
+    "scatter_rows",
+]

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from fastdiff.kernels import geglu, lincomb, residual_norm_modulate
+from fastdiff.kernels import geglu, lincomb, residual_norm_modulate, rows
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -36,8 +36,15 @@ def activation(dtype: torch.dtype) -> None:
     geglu.run(empty(2, 256, 4608, dtype=dtype), False, "tanh", "fused")
 
 
+def some_samples(scatter: bool, dtype: torch.dtype) -> None:
+    batch, part = empty(64, 256, 1152, dtype=dtype), empty(20, 256, 1152, dtype=dtype)
+    rows.run(batch if scatter else part, part if scatter else batch, empty(20, dtype=torch.int64), scatter)
+
+
 CASES: dict[str, tuple[ModuleType, Callable[[torch.dtype], None]]] = {
     "lincomb": (lincomb, guided_step),
+    "gather_rows": (rows, partial(some_samples, False)),
+    "scatter_rows": (rows, partial(some_samples, True)),
     "geglu": (geglu, partial(feed_forward, "none")),
     "geglu tanh": (geglu, partial(feed_forward, "tanh")),
     "gelu_tanh": (geglu, activation),
