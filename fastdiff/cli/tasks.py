@@ -41,7 +41,9 @@ class Task:
 
     def arguments(self, indices: range) -> dict[str, Any]:
         """The arguments of a call that makes these images."""
-        given = {name: [values[index % len(values)] for index in indices] for name, values in self.requests.items()}
+        given: dict[str, Any] = {
+            name: [values[index % len(values)] for index in indices] for name, values in self.requests.items()
+        }
         return (given or {"batch_size": len(indices)}) | dict(self.shared)
 
     @property
