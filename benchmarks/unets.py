@@ -9,7 +9,8 @@ In each,
 
 1. all ways of sampling take turns and are timed, some images at a time and one at a time;
 2. for every method, the number of plain steps that takes the same time is looked up and timed too;
-3. every way samples the same images, seeds 0, 1, 2, ..., and a network that reads glyphs judges them.
+3. when all sections are timed, every way samples the same images, seeds 0, 1, 2, ..., and a network that reads glyphs
+   judges them.
 
 Every row is a few files under --work. What is there is not measured again: an interrupted run goes on where it stopped,
 and deleting a row's files measures that row again. Times want a machine that does nothing else. The last step writes
@@ -21,7 +22,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from fastdiff import EncoderPropagation, FeatureInheritance, SkipTuning, zoo
 from fastdiff.cli.comparison import Settings
 from fastdiff.cli.contenders import FULL, UNET_METHODS, Contender, fewer_steps, plain
 from fastdiff.cli.sampler import Sampler, load_reader
+from fastdiff.cli.tasks import Task
 from fastdiff.eval import describe_environment, psnr, time_interleaved
 from fastdiff.eval.glyphs import GlyphJudge, Score
 from fastdiff.methods.skip_tuning import RHO_BY_EVALUATIONS
@@ -186,32 +188,36 @@ class Measurement:
         section: its rows.
         settings: the model and what it is asked for; see `Settings`.
         store: where rows are kept.
-        judge: scores images.
     """
 
-    def __init__(self, section: Section, settings: Settings, store: Store, judge: GlyphJudge) -> None:
+    def __init__(self, section: Section, settings: Settings, store: Store) -> None:
         self._section = section
         self._settings = settings
         self._store = store
-        self._judge = judge
         self._sampler = Sampler(settings)
         for pipe in self._sampler.pipes:
             pipe.scheduler = section.scheduler.from_config(pipe.scheduler.config)
 
-    def run(self, rounds: int, timing_batch: int) -> None:
-        """Measure all rows that are not there yet."""
+    def time_all(self, rounds: int, timing_batch: int) -> None:
+        """Time all rows that were not yet, and the plain rows that take as long as a method."""
         rows = list(self._section.contenders)
         presets = {skip_key(evaluations, RHO_BY_EVALUATIONS[evaluations]) for evaluations in EVALUATIONS}
-        self._time([row for row in rows if row.group != SKIP or row.key in presets], rounds, timing_batch)
-        if self._section.finds_matches:
-            matches = sorted(set(find_matches(self._section, self._store).values()), reverse=True)
-            known = {row.key for row in rows}
-            rows += [plain(steps) for steps in matches if plain(steps).key not in known]
-            self._time(rows, rounds, timing_batch)
+        rows = [row for row in rows if row.group != SKIP or row.key in presets]  # a factor's value takes no time
+        self._time(rows, rounds, timing_batch)
+        self._time([*rows, *match_rows(self._section, self._store)], rounds, timing_batch)
+
+    @property
+    def task(self) -> Task:
+        """What is asked of the images."""
+        return self._sampler.task
+
+    def sample_all(self, judge: GlyphJudge) -> None:
+        """Sample and judge the rows that were not yet."""
+        rows = (*self._section.contenders, *match_rows(self._section, self._store))
         for row in tqdm([row for row in rows if not self._store.read(row.key, "quality")], desc=self._section.title):
-            self._sample(row)
+            self._sample(row, judge)
         if not self._store.read(RENDERS, "quality"):
-            fresh = self._judge.score_renders(self._settings.count, self._sampler.task.questions)
+            fresh = judge.score_renders(self._settings.count, self.task.questions)
             self._store.write(RENDERS, "quality", as_data(fresh))
 
     def _time(self, rows: Sequence[Contender], rounds: int, batch: int) -> None:
@@ -243,7 +249,7 @@ class Measurement:
                 after_each=lambda _: bar.update(),
             )
 
-    def _sample(self, row: Contender) -> None:
+    def _sample(self, row: Contender, judge: GlyphJudge) -> None:
         """Sample and judge a row's images."""
         count, batch = self._settings.count, self._settings.batch
         self._sampler.prepare(row)
@@ -251,15 +257,16 @@ class Measurement:
         images = np.concatenate([self._sampler.sample(row, range(start, start + batch)) for start in starts])
         ran = self._sampler.look(row)
         np.save(self._store.folder / f"{row.key}.npy", images)
-        score = self._judge.score(images, self._sampler.task.asked)
+        score = judge.score(images, self.task.asked)
         difference = psnr(images / 255, self._store.images(FULL) / 255)
         ran.plan.save(self._store.folder / f"{row.key}.plan.json")
         quality = {
             **as_data(score),
             "psnr": None if np.isinf(difference) else difference,
             "macs": ran.macs,
-            "questions": self._sampler.task.questions,
-            "guided": "guidance_scale" in self._sampler.task.shared,
+            "questions": self.task.questions,
+            "font": self.task.font,
+            "guided": "guidance_scale" in self.task.shared,
         }
         self._store.write(row.key, "quality", quality)
 
@@ -278,7 +285,8 @@ def find_matches(section: Section, store: Store) -> dict[str, int]:
     def share(key: str) -> float:
         """Median time as a share of full sampling's in the same round."""
         timed = store.read(key, "time")
-        assert timed is not None
+        if timed is None:
+            raise FileNotFoundError(f"{key} was not timed; {store.folder} lacks it.")
         times = timed["times"][str(timed["batch"])]
         return float(np.median(np.divide(times["seconds"], times["full"])))
 
@@ -289,6 +297,15 @@ def find_matches(section: Section, store: Store) -> dict[str, int]:
         for row in section.contenders
         if row.methods
     }
+
+
+def match_rows(section: Section, store: Store) -> list[Contender]:
+    """The plain rows that take as long as a method and are not among the section's own, most steps first."""
+    if not section.finds_matches:
+        return []
+    known = {row.key for row in section.contenders}
+    steps = sorted(set(find_matches(section, store).values()) - {section.steps}, reverse=True)
+    return [plain(number) for number in steps if plain(number).key not in known]
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -304,7 +321,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sweep-samples", type=int, default=216, help="the same in the sweep (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=36, help="images sampled at a time (default: %(default)s)")
     parser.add_argument("--timing-batch", type=int, default=8, help="images timed at a time (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each row (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed turns of each row (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="of a guided model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image (default: %(default)s)")
     parser.add_argument("--renders", type=int, default=2000, help="held-out renders (default: %(default)s)")
@@ -333,20 +350,23 @@ def settings_of(args: argparse.Namespace, section: Section) -> Settings:
     )
 
 
-def measured(args: argparse.Namespace) -> Iterator[tuple[Section, Settings, Store]]:
-    """Every section that was asked for, measured as far as it is not yet."""
+def measured(args: argparse.Namespace) -> list[tuple[Section, Settings, Store]]:
+    """Every section that was asked for, measured as far as it was not yet: all times first."""
     folder = args.work / Path(args.model).name
     names = ("samples", "sweep_samples", "batch", "guidance_scale", "seed", "renders", "reader", "device")
     weights = digest(zoo.path(args.model) if args.model in MODELS else Path(args.model))
     open_work(folder, {name: getattr(args, name) for name in names} | {"weights": weights})
-    judge = None
-    for key in args.sections:
-        section = sections(args.samples, args.sweep_samples)[key]
-        settings, store = settings_of(args, section), Store(folder / key)
-        if not args.render:
-            judge = judge or GlyphJudge(load_reader(settings), settings.renders)
-            Measurement(section, settings, store, judge).run(args.rounds, args.timing_batch)
-        yield section, settings, store
+    chosen = [sections(args.samples, args.sweep_samples)[key] for key in args.sections]
+    kept = [(section, settings_of(args, section), Store(folder / section.key)) for section in chosen]
+    if not args.render:
+        measurements = [Measurement(*entry) for entry in kept]
+        for measurement in measurements:
+            measurement.time_all(args.rounds, args.timing_batch)
+        settings, task = kept[0][1], measurements[0].task
+        judge = GlyphJudge(load_reader(settings), settings.renders, font=task.font)
+        for measurement in measurements:
+            measurement.sample_all(judge)
+    return kept
 
 
 def main() -> None:
@@ -355,7 +375,7 @@ def main() -> None:
 
     args = parse()
     disable_progress_bar()  # diffusers' own, for every model it loads
-    unets_report.write(list(measured(args)), Path(args.model).name, args.out, args.pictures)
+    unets_report.write(measured(args), Path(args.model).name, args.out, args.pictures)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from unets import EVALUATIONS, RENDERS, SINGLE, SKIP, Section, Store, find_matches, skip_key
+from unets import EVALUATIONS, RENDERS, SINGLE, SKIP, Section, Store, find_matches, match_rows, skip_key
 
 from fastdiff.cli.comparison import Comparison, Row, Settings
 from fastdiff.cli.contenders import FULL, PLAIN, plain
@@ -65,18 +65,17 @@ def load(section: Section, settings: Settings, store: Store) -> Measured:
     Raises:
         SystemExit: if a row is missing.
     """
-    contenders = {row.key: row for row in section.contenders}
     steps = find_matches(section, store) if section.finds_matches else {}
-    contenders.update((plain(number).key, plain(number)) for number in steps.values() if number < section.steps)
-    fewer = sorted((row for row in contenders.values() if row.key.startswith(PLAIN)), key=lambda row: -row.steps)
-    ordered = [row for row in contenders.values() if not row.key.startswith(PLAIN)] + fewer
+    contenders = [*section.contenders, *match_rows(section, store)]
+    fewer = sorted((row for row in contenders if row.key.startswith(PLAIN)), key=lambda row: -row.steps)
+    ordered = [row for row in contenders if not row.key.startswith(PLAIN)] + fewer
     kept = {row.key: (store.read(row.key, "quality"), store.read(row.key, "time")) for row in ordered}
     renders = store.read(RENDERS, "quality")
     if renders is None or (missing := [key for key, (quality, _) in kept.items() if quality is None]):
         raise SystemExit(f"{store.folder} lacks {', '.join(missing if renders else [RENDERS])}; measure it first.")
-    (full, timed), task = kept[FULL], Task()
-    if full["questions"] == 3:
-        task = Task(asked=caption_sequence(settings.count, settings.seed)[1])
+    full, timed = kept[FULL]
+    asked = caption_sequence(settings.count, settings.seed)[1] if full["questions"] else None
+    task = Task(asked=asked, font=full.get("font"))
     rows = [
         Row(
             contender=row,
@@ -178,7 +177,7 @@ def _row_data(row: Row, baseline: Row, match: Row | None) -> dict[str, Any]:
         data |= {
             "same_time": match.contender.key,
             "fid_change_to_it": _change(row, match),
-            "beaten": bool(row.beaten_by),
+            "verdict": verdict(row, match),
         }
     return data
 
@@ -264,9 +263,8 @@ def _rho(row: Row) -> float:
 def notes(sections: Sequence[Measured], model: str) -> list[str]:
     """How the numbers came about."""
     first = sections[0]
-    settings, renders = first.comparison.settings, first.comparison.renders
+    settings, task, renders = first.comparison.settings, first.comparison.task, first.comparison.renders
     guidance = f"guidance {settings.guidance_scale:g}" if first.guided else "no guidance"
-    questions = 0 if first.comparison.task.asked is None else 3
     pairs = first.rows[0].speedup.pairs
     return [
         f"{model}, {guidance}, float32, seeds {settings.seed} and up. {describe_machine(first.environment)}.",
@@ -278,13 +276,13 @@ def notes(sections: Sequence[Measured], model: str) -> list[str]:
         "noise), dB, and points of a hundred. The verdict counts what is beyond these errors, and "
         f"{NOTICEABLE_DB:g} dB: a row wins if something is better and nothing worse.",
         "MACs: multiply-accumulates of the denoiser, counted, as a share of full sampling's.",
-        f"FID: Fréchet distance of the reader's features to {settings.renders} held-out renders, ± 1.96 bootstrap "
-        "standard errors. It is not Inception's FID, and depends on the number of samples: "
+        f"FID: Fréchet distance of the reader's features to {settings.renders} held-out renders{task.face}, ± 1.96 "
+        "bootstrap standard errors. It is not Inception's FID, and depends on the number of samples: "
         f"{renders.samples} other renders, which are perfect samples, score {distance_text(renders)[0]}. Strong "
         "guidance makes samples less varied than renders; the distance would then reward any disturbance, so that "
         "guidance is weak here.",
-        f"Read correctly: {READ[questions]}, 95 % Wilson interval. It reads {renders.read_share:.1%} of the renders "
-        "so.",
+        f"Read correctly: {READ[task.questions]}, 95 % Wilson interval. It reads {renders.read_share:.1%} of the "
+        "renders so.",
     ]
 
 
