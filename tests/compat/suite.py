@@ -29,7 +29,7 @@ from tiny.staged_pipelines import PRIOR_PIPELINES
 from tiny.unet_pipelines import UNET_PIPELINES
 
 TRANSFORMER_PIPELINES: dict[str, TinyPipeline] = TINY_PIPELINES | PRIOR_PIPELINES
-PIPELINES: dict[str, TinyPipeline] = TRANSFORMER_PIPELINES | UNET_PIPELINES
+PIPELINES: dict[str, TinyPipeline] = UNET_PIPELINES | TRANSFORMER_PIPELINES
 VIDEOS = {entry.name for entry in video_pipelines.ENTRIES}
 """Pipelines in which kernels that take one sample at a time would take seconds: every pixel is a sample somewhere."""
 STEPS = 6
@@ -60,8 +60,8 @@ class Reuse:
         cells: Share of the denoisers' cells that were not computed.
         runs_as_planned: Whether the forwards that really ran are those of the plan, for each call and unit; None where
             predictions made ahead turned out to be for other timesteps.
-        independent: Whether a call sampled the same again after calls with other prompts, images, seeds, numbers of
-            steps and batches.
+        independent: Whether a call sampled the same again after calls with other prompts, images, seeds and numbers of
+            steps, and once with another batch.
         batches: Evaluations that were decoded as one batch.
         reasons: Why calls computed more than planned, or could not be batched.
     """
@@ -106,9 +106,9 @@ class Outcome:
     def parallel_difference(self) -> float | None:
         """How far apart evaluations decoded as one batch and one by one came out, in standard deviations of the sample.
 
-        None where there is no batch.
+        None where there is no batch, or what it made was for other timesteps.
         """
-        if PARALLEL not in self.reuse or not self.reuse[PARALLEL].batches:
+        if PARALLEL not in self.reuse or not self.reuse[PARALLEL].batches or self.reuse[PARALLEL].reasons:
             return None
         difference = (self.reuse[PARALLEL].sample - self.reuse[ONE_BY_ONE].sample).abs().max()
         return float(difference / self.plain.std())
@@ -126,7 +126,7 @@ def examine(name: str) -> Outcome:
             for kind in FOR_UNETS if name in UNET_PIPELINES else FOR_TRANSFORMERS:
                 exact = kind in (ONE_BY_ONE, PARALLEL) and name not in VIDEOS
                 with one_sample_at_a_time() if exact else nullcontext():
-                    outcome.reuse[kind] = reuse(pipe, name, METHODS[kind])
+                    outcome.reuse[kind] = reuse(pipe, name, kind)
     except (FastDiffError, FastDiffNoEffectWarning) as refusal:
         outcome.refusal = f"{type(refusal).__name__}: {refusal}"
     as_found = type(pipe) is own and traces_of(pipe, name) == before
@@ -179,9 +179,10 @@ def try_full(pipe: Any, name: str, outcome: Outcome) -> None:
     outcome.units = len(next(iter(records.values())).units)
 
 
-def reuse(pipe: Any, name: str, method: Method) -> Reuse:
+def reuse(pipe: Any, name: str, kind: str) -> Reuse:
     """Samples with one method, on its own and, enabled anew, after calls that differ in all they can."""
-    batches = (1,) if "batch" in PIPELINES[name].ignores else (2, 1)
+    method = METHODS[kind]
+    batches = (2, 1) if kind in (LAYERS, PARALLEL) and "batch" not in PIPELINES[name].ignores else (1,)
     with Executions(pipe, name) as executions, enabled(pipe, method):
         sampled = sample(pipe, name)
         runs = [executions.are_planned(key, record) for key, record in pipe.fastdiff.last_run.denoisers.items()]
