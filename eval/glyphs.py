@@ -14,7 +14,7 @@ import torch
 
 from fastdiff.eval.quality import FeatureStatistics, fid, resample_fid, wilson_interval
 from fastdiff.zoo.check import HELD_OUT_SEED
-from fastdiff.zoo.data import LABELS, render_many, to_tensor
+from fastdiff.zoo.data import LABELS, Subset, render_many, to_tensor
 from fastdiff.zoo.reader import QUESTIONS, GlyphReader
 
 BATCH = 256
@@ -67,18 +67,17 @@ class GlyphJudge:
         reader: the network whose features and readings count.
         renders: number of reference renders.
         seed: the stream they come from.
-        font: the one face that they are in, index into `fastdiff.zoo.data.FONTS`; all by default. For ``glyphs-ddpm``,
-            `fastdiff.zoo.data.UNCONDITIONAL_FONT`.
+        subset: what the renders show; everything by default. For ``glyphs-ddpm``, `fastdiff.zoo.data.BOLD_DIGITS`.
     """
 
     def __init__(
-        self, reader: GlyphReader, renders: int = 2000, seed: int = HELD_OUT_SEED, font: int | None = None
+        self, reader: GlyphReader, renders: int = 2000, seed: int = HELD_OUT_SEED, subset: Subset | None = None
     ) -> None:
         self._reader = reader.eval()
         self.renders = renders
         self.seed = seed
-        self.font = font
-        features, _ = self._look(render_many(seed, 0, renders, font)[0], None)
+        self.subset = subset
+        features, _ = self._look(render_many(seed, 0, renders, subset)[0], None)
         self._reference = FeatureStatistics.of(features)
 
     def score(self, images: np.ndarray, asked: np.ndarray | None = None) -> Score:
@@ -110,7 +109,7 @@ class GlyphJudge:
             count: number of renders.
             questions: how many of `fastdiff.zoo.reader.QUESTIONS` to ask of each; none means that it is to be legible.
         """
-        images, labels = render_many(self.seed, self.renders, count, self.font)
+        images, labels = render_many(self.seed, self.renders, count, self.subset)
         asked = labels[:, [LABELS.index(name) for name in QUESTIONS[:questions]]]
         return self.score(images, asked if questions else None)
 

@@ -37,9 +37,6 @@ FONTS = (
     "DejaVuSerif-Italic",
     "DejaVuSerif-BoldItalic",
 )
-UNCONDITIONAL_FONT = FONTS.index("DejaVuSerif-Bold")
-"""The one face that ``glyphs-ddpm`` knows."""
-
 PALETTE = {
     "black": (25, 25, 25),
     "white": (235, 235, 235),
@@ -138,6 +135,27 @@ def _coverage(rng: np.random.Generator, character: int, font: int) -> np.ndarray
     return np.asarray(drawn.reduce(_SUPERSAMPLING), dtype=np.float32) / 255.0
 
 
+@dataclass(frozen=True)
+class Subset:
+    """The images of a stream that show one of some characters in one of some faces.
+
+    Attributes:
+        characters: some of ``CHARACTERS``.
+        fonts: some of ``FONTS``.
+    """
+
+    characters: str
+    fonts: tuple[str, ...]
+
+    def has(self, character: int, font: int) -> bool:
+        """Whether an image with these labels belongs to it."""
+        return CHARACTERS[character] in self.characters and FONTS[font] in self.fonts
+
+
+BOLD_DIGITS = Subset("0123456789", ("DejaVuSerif-Bold",))
+"""All that ``glyphs-ddpm`` knows."""
+
+
 def _begin(seed: int, index: int) -> tuple[np.random.Generator, int, int]:
     """The randomness of an image, with its character and font, which are drawn first."""
     rng = np.random.default_rng([seed, index])
@@ -173,21 +191,21 @@ def to_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(images).movedim(-1, -3).float() / 127.5 - 1.0
 
 
-def render_many(seed: int, start: int, count: int, font: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def render_many(seed: int, start: int, count: int, subset: Subset | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Renders a run of the stream.
 
     Args:
         seed: names the stream.
         start: the first image.
         count: number of images.
-        font: index into ``FONTS``: leave out, and do not count, the images in other faces.
+        subset: leave out, and do not count, the images that do not belong to it.
 
     Returns:
         uint8 images (count, 32, 32, 3) and int64 labels (count, 4): character, font, foreground, background.
     """
     indices: Iterable[int] = itertools.count()
-    if font is not None:
-        indices = (index for index in indices if _begin(seed, index)[2] == font)
+    if subset is not None:
+        indices = (index for index in indices if subset.has(*_begin(seed, index)[1:]))
     glyphs = [render(seed, index) for index in itertools.islice(indices, start, start + count)]
     return np.stack([glyph.image for glyph in glyphs]), np.array([glyph.labels for glyph in glyphs])
 

@@ -59,7 +59,10 @@ def denoising_loss(
     scheduler: DDIMScheduler,
     shaping_timestep: int,
 ) -> StepLoss:
-    """Mean squared error of the predicted noise or velocity, weighted down where there is hardly any noise (min-SNR).
+    """Mean squared error of the prediction, weighted down where there is hardly any noise (min-SNR).
+
+    Noise is compared as it is, clean samples as the velocity that they imply: the squared error of the noise is the
+    signal-to-noise ratio times that of the clean sample, and that of the velocity is one more than the ratio times it.
 
     Args:
         predict: the denoiser.
@@ -70,21 +73,18 @@ def denoising_loss(
         scheduler: gives the noise levels, and what is predicted.
         shaping_timestep: timestep around which glyphs take their shape.
     """
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    precision = (
-        scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod) + velocity
-    )  # 1 / squared error of clean samples
-    weights = precision.clamp(max=MIN_SNR_GAMMA) / precision
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    of_noise = scheduler.config.prediction_type == "epsilon"
+    weights = snr.clamp(max=MIN_SNR_GAMMA) / snr if of_noise else (snr + 1).clamp(max=MIN_SNR_GAMMA)
     shape = clean(torch.tensor([0])).shape[1:]
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         chosen, noise, timesteps = draw(count, shape, batch_size, shaping_timestep, generator)
         told = condition(chosen, generator)
         samples = clean(chosen)
-        target = scheduler.get_velocity(samples, noise, timesteps) if velocity else noise
         with torch.autocast("cpu", torch.bfloat16):
             predicted = predict(scheduler.add_noise(samples, noise, timesteps), timesteps, told)
-        error = (predicted.float() - target).square().mean((1, 2, 3))
+        error = (predicted.float() - (noise if of_noise else samples)).square().mean((1, 2, 3))
         return (weights[timesteps] * error).mean()
 
     return loss

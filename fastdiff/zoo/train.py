@@ -19,7 +19,7 @@ from fastdiff.methods import ExitSchedule
 
 from . import check, export, training, training_dit, training_unet
 from .captions import load_tokenizer, write_tokenizer
-from .data import LABELS, UNCONDITIONAL_FONT, pool
+from .data import BOLD_DIGITS, pool
 from .reader import GlyphReader
 from .training_loop import LoopConfig, fit
 
@@ -33,7 +33,7 @@ the commands in this order; each says what it needs:
   dit     train the transformer on the VAE's latents        needs data, vae
   ase     fine-tune it to exit early                        needs dit
   sd      train UNet and text encoder on the VAE's latents  needs data, vae
-  ddpm    train the unconditional UNet on pixels, one face  needs data
+  ddpm    train the unconditional UNet on pixels, digits    needs data
   export  write plain diffusers folders in float16          needs what it writes
   check   count how many samples the reader can read
 
@@ -142,7 +142,8 @@ def _sd(args: argparse.Namespace) -> None:
 
 def _ddpm(args: argparse.Namespace) -> None:
     images, labels = _images(args)
-    images = images[labels[:, LABELS.index("font")] == UNCONDITIONAL_FONT]
+    known = [BOLD_DIGITS.has(character, font) for character, font, *_ in labels.tolist()]
+    images = images[torch.tensor(known)]
     torch.manual_seed(args.seed)
     unet = training_unet.build_pixel_unet()
     config = LoopConfig(args.steps, seed=args.seed, learning_rate=8e-4, warmup_steps=300, ema_decay=0.9995)
@@ -239,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     dit = add("dit", _dit, "train the denoiser", 16_000)
     ase = add("ase", _ase, "fine-tune the denoiser to exit early under the schedule ase-demo", 5000)
     add("sd", _sd, "train the text-to-image UNet with its text encoder", 10_500, 64)
-    add("ddpm", _ddpm, "train the unconditional UNet", 9000, 32)
+    add("ddpm", _ddpm, "train the unconditional UNet", 10_000, 32)
     for command in (dit, ase):
         command.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
     exported = add("export", _export, "write plain diffusers folders in float16")

@@ -23,16 +23,15 @@ def build_scheduler(*, pixels: bool) -> DDIMScheduler:
     """The noise schedule of both UNets: 1000 steps, linear betas; the rest as in Stable Diffusion.
 
     Args:
-        pixels: of the model of pixels. It predicts velocities, and clean samples are clipped to [-1, 1]. Whatever many
-            pixels share, such as a colour, still shows through noise so strong that an error of the predicted noise
-            would change it beyond recognition.
+        pixels: of the model of pixels. It predicts clean images, clipped to [-1, 1]: with 16 channels at full
+            resolution it has no room to carry the noise of every pixel.
     """
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.0001,
         beta_end=0.02,
         beta_schedule="linear",
-        prediction_type="v_prediction" if pixels else "epsilon",
+        prediction_type="sample" if pixels else "epsilon",
         clip_sample=pixels,
         set_alpha_to_one=False,
         steps_offset=1,
