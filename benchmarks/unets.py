@@ -265,7 +265,6 @@ class Measurement:
             "psnr": None if np.isinf(difference) else difference,
             "macs": ran.macs,
             "questions": self.task.questions,
-            "font": self.task.font,
             "guided": "guidance_scale" in self.task.shared,
         }
         self._store.write(row.key, "quality", quality)
@@ -363,7 +362,7 @@ def measured(args: argparse.Namespace) -> list[tuple[Section, Settings, Store]]:
         for measurement in measurements:
             measurement.time_all(args.rounds, args.timing_batch)
         settings, task = kept[0][1], measurements[0].task
-        judge = GlyphJudge(load_reader(settings), settings.renders, font=task.font)
+        judge = GlyphJudge(load_reader(settings), settings.renders, subset=task.subset)
         for measurement in measurements:
             measurement.sample_all(judge)
     return kept

@@ -24,6 +24,7 @@ from fastdiff.methods import SkipTuning
 from fastdiff.methods.skip_tuning import RHO_BY_EVALUATIONS
 from fastdiff.plan import ComputePlan, write_json
 from fastdiff.zoo.captions import caption_sequence
+from fastdiff.zoo.data import BOLD_DIGITS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,7 +76,7 @@ def load(section: Section, settings: Settings, store: Store) -> Measured:
         raise SystemExit(f"{store.folder} lacks {', '.join(missing if renders else [RENDERS])}; measure it first.")
     full, timed = kept[FULL]
     asked = caption_sequence(settings.count, settings.seed)[1] if full["questions"] else None
-    task = Task(asked=asked, font=full.get("font"))
+    task = Task(asked=asked, subset=BOLD_DIGITS if asked is None else None)
     rows = [
         Row(
             contender=row,
@@ -276,7 +277,7 @@ def notes(sections: Sequence[Measured], model: str) -> list[str]:
         "noise), dB, and points of a hundred. The verdict counts what is beyond these errors, and "
         f"{NOTICEABLE_DB:g} dB: a row wins if something is better and nothing worse.",
         "MACs: multiply-accumulates of the denoiser, counted, as a share of full sampling's.",
-        f"FID: Fréchet distance of the reader's features to {settings.renders} held-out renders{task.face}, ± 1.96 "
+        f"FID: Fréchet distance of the reader's features to {settings.renders} {task.renders}, ± 1.96 "
         "bootstrap standard errors. It is not Inception's FID, and depends on the number of samples: "
         f"{renders.samples} other renders, which are perfect samples, score {distance_text(renders)[0]}. Strong "
         "guidance makes samples less varied than renders; the distance would then reward any disturbance, so that "

@@ -173,7 +173,7 @@ def compare(settings: Settings, progress: Progress | None = None) -> Comparison:
     progress.says("loading")
     sampler = Sampler(settings)
     field_ = contenders(settings.steps, finetuned=settings.finetuned is not None, unet=sampler.has_unet)
-    judge = GlyphJudge(load_reader(settings), settings.renders, font=sampler.task.font)
+    judge = GlyphJudge(load_reader(settings), settings.renders, subset=sampler.task.subset)
     progress.advance(0.05)
 
     started = time.perf_counter()

@@ -214,10 +214,10 @@ def notes(comparison: Comparison) -> list[str]:
         f"pairs (quartiles). All rows take turns, so that a pair saw the same machine.",
         f"MACs: multiply-accumulates of the denoiser, counted, as a share of full sampling's "
         f"{comparison.rows[0].ran.macs / 1e9:.2f} G for an image.",
-        f"FID-{count}: Fréchet distance of the reader's features to {settings.renders} held-out renders"
-        f"{comparison.task.face}, ± 1.96 bootstrap standard errors. It is not Inception's FID and depends on the "
-        f"number of samples: {count} other renders, which are perfect samples, score {distance_text(renders)[0]}. The "
-        "change against full depth has a smaller interval than either, because both start from the same noise.",
+        f"FID-{count}: Fréchet distance of the reader's features to {settings.renders} {comparison.task.renders}, "
+        "± 1.96 bootstrap standard errors. It is not Inception's FID and depends on the number of samples: "
+        f"{count} other renders, which are perfect samples, score {distance_text(renders)[0]}. The change against full "
+        "depth has a smaller interval than either, because both start from the same noise.",
         "PSNR: against full depth with the same weights and seeds. It says how much a method changes the samples, not "
         "how good they are.",
         f"Read correctly: {READ[comparison.task.questions]}, 95 % Wilson interval. It reads {renders.read_share:.1%} "

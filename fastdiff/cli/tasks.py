@@ -11,7 +11,7 @@ import numpy as np
 from fastdiff.cli.options import call_parameters
 from fastdiff.errors import UnsupportedPipelineError
 from fastdiff.zoo.captions import caption_sequence
-from fastdiff.zoo.data import CHARACTERS, FONTS, UNCONDITIONAL_FONT
+from fastdiff.zoo.data import BOLD_DIGITS, CHARACTERS, Subset
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -33,13 +33,13 @@ class Task:
             can be asked.
         shared: arguments that all calls have in common.
         asked: what each image is to show, as `fastdiff.eval.glyphs.GlyphJudge.score` takes it.
-        font: the one face that the model knows, index into `fastdiff.zoo.data.FONTS`; None for all.
+        subset: all that the model knows; None for everything.
     """
 
     requests: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
     asked: np.ndarray | None = None
-    font: int | None = None
+    subset: Subset | None = None
 
     def arguments(self, indices: range) -> dict[str, Any]:
         """The arguments of a call that makes these images."""
@@ -54,9 +54,11 @@ class Task:
         return 0 if self.asked is None else self.asked.reshape(len(self.asked), -1).shape[1]
 
     @property
-    def face(self) -> str:
-        """Of which face the renders are that samples are held against, for the end of a sentence."""
-        return "" if self.font is None else f" in {FONTS[self.font]}"
+    def renders(self) -> str:
+        """What samples are held against."""
+        if self.subset is None:
+            return "held-out renders"
+        return f"held-out renders of {self.subset.characters} in {', '.join(self.subset.fonts)}"
 
     def label(self, index: int) -> str:
         """A short name of an image: the character it is to show, else its number."""
@@ -84,7 +86,7 @@ def glyph_task(pipe: DiffusionPipeline, count: int, *, seed: int, guidance_scale
         captions, asked = caption_sequence(count, seed)
         return Task({"prompt": captions}, shared, asked)
     if "batch_size" in parameters:
-        return Task({}, shared, font=UNCONDITIONAL_FONT)
+        return Task({}, shared, subset=BOLD_DIGITS)
     raise UnsupportedPipelineError(
         f"{type(pipe).__name__} cannot be asked for glyphs: it takes neither class_labels nor prompt nor batch_size, "
         f"but {', '.join(parameters)}."
