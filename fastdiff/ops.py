@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fastdiff.kernels.dispatch import KernelInputError, KernelUnavailableError
 from fastdiff.kernels.geglu import geglu, gelu_tanh
+from fastdiff.kernels.group_norm_act import group_norm_act
 from fastdiff.kernels.lincomb import lincomb
 from fastdiff.kernels.residual_norm_modulate import residual_norm_modulate
 from fastdiff.kernels.rows import gather_rows, scatter_rows
@@ -18,6 +19,7 @@ __all__ = [
     "gather_rows",
     "geglu",
     "gelu_tanh",
+    "group_norm_act",
     "lincomb",
     "residual_norm_modulate",
     "scatter_rows",

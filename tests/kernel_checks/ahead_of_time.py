@@ -1,9 +1,9 @@
 """Compiles every kernel for GPUs that are not there, as it would be compiled for tensors of a real model's shapes.
 
-    cd tests && python -m kernel_checks.ahead_of_time 80 90
+    cd tests && python -m kernel_checks.ahead_of_time float16,bfloat16 80 90
 
-prints a JSON list: for each kernel and compute capability what the machine code holds. It needs a process of its own,
-because Triton settles when a kernel is defined whether that is to be interpreted.
+prints a JSON list: for each kernel, dtype and compute capability what the machine code holds. It needs a process of its
+own, because Triton settles when a kernel is defined whether that is to be interpreted.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 import triton
-from kernel_checks.cases import CASES
+from kernel_checks.cases import CASES, MODULES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-SMALL = {""}  # kernels that read little: how they load it does not matter
 
 
 class Recorder:
@@ -90,16 +89,17 @@ def inspect(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     rows = []
-    for name, (module, call) in CASES.items():
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            module.launch = recorder = Recorder()
+    for name, call in CASES.items():
+        for dtype in (getattr(torch, dtype) for dtype in sys.argv[1].split(",")):
+            recorder = Recorder()
+            for module in MODULES:
+                module.launch = recorder  # type: ignore[attr-defined]
             call(dtype)
             for kernel, args, options, fp_fusion in recorder.launches:
-                for capability in map(int, sys.argv[1:]):
+                for capability in map(int, sys.argv[2:]):
                     code = compile_launch(kernel, args, options, fp_fusion, capability)
                     row = {"case": name, "kernel": kernel.__name__, "dtype": str(dtype), "capability": capability}
-                    streams = kernel.__name__ not in SMALL
-                    rows.append(row | {"streams": streams} | inspect(code.asm["cubin"]))
+                    rows.append(row | inspect(code.asm["cubin"]))
     print(json.dumps(rows))
 
 

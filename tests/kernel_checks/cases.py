@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 
 import torch
 
-from fastdiff.kernels import geglu, lincomb, residual_norm_modulate, rows
+from fastdiff.kernels import geglu, group_norm_act, lincomb, residual_norm_modulate, rows
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -41,15 +40,33 @@ def some_samples(scatter: bool, dtype: torch.dtype) -> None:
     rows.run(batch if scatter else part, part if scatter else batch, empty(20, dtype=torch.int64), scatter)
 
 
-CASES: dict[str, tuple[ModuleType, Callable[[torch.dtype], None]]] = {
-    "lincomb": (lincomb, guided_step),
-    "gather_rows": (rows, partial(some_samples, False)),
-    "scatter_rows": (rows, partial(some_samples, True)),
-    "geglu": (geglu, partial(feed_forward, "none")),
-    "geglu tanh": (geglu, partial(feed_forward, "tanh")),
-    "gelu_tanh": (geglu, activation),
-    **{
-        f"residual_norm_modulate {width}": (residual_norm_modulate, partial(block_boundary, width))
-        for width in (1152, 1536, 3072)
-    },
+def residual_block(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    x = empty(2, 640, 64, 64, dtype=dtype).contiguous(memory_format=layout)
+    skip = empty(2, 320, 64, 64, dtype=dtype).contiguous(memory_format=layout)
+    weight, time = empty(960, dtype=dtype), empty(2, 960, dtype=dtype)
+    group_norm_act.run(x, 32, weight, weight, skip, empty(2), time, time, time, "silu", 1e-5)
+
+
+def ones(dtype: torch.dtype) -> None:
+    """Triton makes constants of arguments that equal 1, to which not everything applies that does to numbers."""
+    one, line, row, image = (empty(*[1] * ndim, dtype=dtype) for ndim in (1, 2, 3, 4))
+    geglu.run(line, False, "none", "fused")
+    lincomb.run(empty(1, 1), (line,), None)
+    rows.run(line, line, empty(1, dtype=torch.int64), True)
+    residual_norm_modulate.run(row, row, row, one, one, row, row, one, empty(1), "rms", 1e-6, "match_eager")
+    group_norm_act.run(image, 1, one, one, image, one, line, line, line, "silu", 1e-5)
+
+
+LAYOUTS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels last"}
+MODULES = (geglu, group_norm_act, lincomb, residual_norm_modulate, rows)
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    "geglu": partial(feed_forward, "none"),
+    "geglu tanh": partial(feed_forward, "tanh"),
+    "gelu_tanh": activation,
+    "gather_rows": partial(some_samples, False),
+    "scatter_rows": partial(some_samples, True),
+    "lincomb": guided_step,
+    **{f"residual_norm_modulate {width}": partial(block_boundary, width) for width in (1152, 3072)},
+    **{f"group_norm_act {name}": partial(residual_block, layout) for layout, name in LAYOUTS.items()},
+    "ones": ones,
 }
