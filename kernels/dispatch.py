@@ -136,3 +136,8 @@ def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """The precision in which references compute: float64 where it is given, float32 otherwise."""
     double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if double else torch.float32
+
+
+def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A tensor in another dtype, if there is one."""
+    return None if tensor is None else tensor.to(dtype)

@@ -11,7 +11,7 @@ the two inputs, which a tile never does.
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from fastdiff.kernels.dispatch import (
     KernelInputError,
     Verdict,
+    cast,
     check_devices,
     compute_dtype,
     obstacle,
@@ -101,10 +102,9 @@ def group_norm_act_reference(
         hidden = torch.cat([hidden, factor * skip.to(precision)], dim=1)
     if add is not None:
         hidden = hidden + over_pixels(add)
-    affine = (None if tensor is None else tensor.to(precision) for tensor in (weight, bias))
     # Contiguous, because on the CPU torch loses digits of the variance where channels are last; torch's and not
     # functional's, which refuses groups of a single value.
-    hidden = torch.group_norm(hidden.contiguous(), groups, *affine, eps=eps)
+    hidden = torch.group_norm(hidden.contiguous(), groups, cast(weight, precision), cast(bias, precision), eps)
     if scale is not None:
         hidden = hidden * (1 + over_pixels(scale))
     if shift is not None:
@@ -210,7 +210,7 @@ def run(
     lines = torch.empty(2, batch, channels, dtype=torch.float32, device=x.device)
     factor = skip_scale if isinstance(skip_scale, torch.Tensor) else None
     inputs = (x, skip, x.stride(0), 0 if skip is None else skip.stride(0), width, skip_width, x_tiles, tiles, pixels)
-    tiling = {"LAST": last, "CHANNELS": tile_channels, "PIXELS": tile_pixels, "num_warps": 4}
+    tiling: dict[str, Any] = {"LAST": last, "CHANNELS": tile_channels, "PIXELS": tile_pixels, "num_warps": 4}
     launch(_moments, (batch * parts * tiles,), *inputs, moments, moments.stride(0), part, parts, **tiling)
     launch(
         _lines,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fastdiff.kernels.dispatch import (
     KernelInputError,
     Verdict,
+    cast,
     check_devices,
     compute_dtype,
     obstacle,
@@ -101,8 +102,7 @@ def residual_norm_modulate_reference(
         residual = (x.to(precision) + added).to(x.dtype).contiguous()
     normed = hidden = residual.to(precision)
     if norm == "layer":
-        affine = (None if tensor is None else tensor.to(precision) for tensor in (weight, bias))
-        normed = F.layer_norm(hidden, hidden.shape[-1:], *affine, eps=eps)
+        normed = F.layer_norm(hidden, hidden.shape[-1:], cast(weight, precision), cast(bias, precision), eps)
     elif norm == "rms":
         variance = hidden.to(exact).square().mean(-1, keepdim=True)
         normed = (hidden.to(exact) * torch.rsqrt(variance + eps)).to(precision)

@@ -58,6 +58,11 @@ def test_samples_are_read_where_they_lie(device: torch.device) -> None:
     y = lincomb(weights, uncond, cond, shared)
     assert_close(y, exact(weights, uncond, cond, shared), largest_term(weights, uncond, cond, shared))
 
+    sliced = [torch.randn(2, 4 + extra, 3, 5, device=device)[:, :4] for extra in range(6)]
+    weights = torch.randn(2, 6, device=device)
+    assert_close(lincomb(weights, *sliced), exact(weights, *sliced), largest_term(weights, *sliced))
+
+    weights = torch.randn(2, 3, device=device)
     last = [torch.randn(2, 4, 3, 5, device=device).to(memory_format=torch.channels_last) for _ in range(3)]
     y = lincomb(weights, *last)
     assert y.is_contiguous(memory_format=torch.channels_last)

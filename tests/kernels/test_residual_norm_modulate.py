@@ -127,12 +127,16 @@ def test_tensors_are_read_where_they_lie(device: torch.device) -> None:
     """Tokens of a joint sequence, modulations of shape (batch, 1, width) and per token."""
     joint = torch.randn(2, 9, 24, device=device)
     x, branch = joint[:, 4:], torch.randn(5, 2, 24, device=device).transpose(0, 1)
-    gate, shift = torch.randn(2, 6, 24, device=device)[:, 2:3], torch.randn(2, 5, 24, device=device)
-    residual, normed, _ = residual_norm_modulate(x, branch, gate, shift=shift)
-    expected, expected_normed, _ = reference(x.double(), branch.double(), gate.double(), shift=shift.double())
-    assert_close(residual, expected, 4 * expected.abs().amax())
-    assert_close(normed, expected_normed, 8 * expected_normed.abs().amax())
-    assert normed.is_contiguous()
+    for modulation in (torch.randn(2, 6, 24, device=device).unsqueeze(2), torch.randn(2, 3, 5, 24, device=device)):
+        gate, scale, shift = modulation[:, :3].unbind(1)
+        given = {"gate": gate, "scale": scale, "shift": shift}
+        residual, normed, _ = residual_norm_modulate(x, branch, **given)
+        exact, exact_normed, _ = reference(
+            x.double(), branch.double(), **{name: t.double() for name, t in given.items()}
+        )
+        assert_close(residual, exact, exact.abs().amax())
+        assert_close(normed, exact_normed, 8 * exact_normed.abs().amax())
+        assert normed.is_contiguous()
 
 
 def test_what_is_not_computed_is_not_copied(device: torch.device) -> None:
