@@ -65,7 +65,7 @@ def _exit_early(pipe: DiTPipeline) -> None:
 
 class TestNames:
     def test_every_name_has_a_folder_with_and_without_prefix(self) -> None:
-        assert set(zoo.names()) == {*PIPELINES, "glyphs-sd", "glyphs-cnn"}
+        assert set(zoo.names()) == {*PIPELINES, "glyphs-sd", "glyphs-ddpm", "glyphs-cnn"}
         for name in zoo.names():
             assert (zoo.path(name)).is_dir()
             assert zoo.path(f"zoo:{name}") == zoo.path(name)
