@@ -107,7 +107,7 @@ def _wuerstchen_call(call: Call) -> dict[str, Any]:
 ENTRIES = [
     entry("KandinskyV22CombinedPipeline", _kandinsky, _kandinsky_call),
     entry("StableCascadeCombinedPipeline", _cascade, _cascade_call, denoisers=("decoder",)),
-    entry("WuerstchenDecoderPipeline", _wuerstchen, _wuerstchen_call, denoisers=("decoder",)),
+    entry("WuerstchenDecoderPipeline", _wuerstchen, _wuerstchen_call, denoisers=("decoder",), ignores=("batch",)),
 ]
 _PRIORS = [
     pipeline("KandinskyV22PriorPipeline", _prior, _prior_call, denoisers=("prior",)),
