@@ -183,10 +183,9 @@ class TestUnconditional:
         parts = check.sample_unconditional(pipe, 5, num_inference_steps=3, batch_size=2)
         torch.testing.assert_close(whole, parts, atol=1e-4, rtol=0)
 
-    @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
-    def test_other_schedulers_draw_legible_characters(self, reader: GlyphReader, scheduler: type) -> None:
+    def test_dpm_solver_draws_legible_characters(self, reader: GlyphReader) -> None:
         pipe = _load_unconditional()
-        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
         images = check.sample_unconditional(pipe, 24, num_inference_steps=20, seed=5)
         assert check.share_read(reader, images, None) >= 0.5
 
