@@ -121,6 +121,20 @@ def test_sequential_is_the_method_written_down_a_second_time() -> None:
             assert_same(sample_loop(model, scheduler=scheduler, batch=2), sampled)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_forecast_features_are_those_of_each_evaluation(order: int) -> None:
+    """Every row of a batch has weights of its own."""
+    model = small_unet()
+    forecast = EncoderPropagation(keys=3, order=order)
+    with one_sample_at_a_time():
+        sequential = sample_loop(model, EncoderPropagation(keys=3, order=order, parallel=False), batch=2)
+        parallel = sample_loop(model, forecast, batch=2)
+        carried = sample_loop(model, EncoderPropagation(keys=3), batch=2)
+    assert_same(sequential, parallel)
+    assert max(parallel.record.batches) > 1
+    assert not torch.equal(parallel.latents, carried.latents)
+
+
 # -- groups that are split ---------------------------------------------------------------------------------------------
 
 
