@@ -112,6 +112,12 @@ def sample_loop(
     return Sampled(latents, predictions, run.record.denoisers["denoiser"] if run else None)
 
 
+def assert_same(one: Sampled, other: Sampled) -> None:
+    """Refuses two calls that differ in a bit."""
+    assert torch.equal(one.latents, other.latents)
+    assert all(map(torch.equal, one.predictions, other.predictions))
+
+
 def text_of(draw: Draw, rows: int) -> dict[str, Any]:
     """Returns random text states."""
     return {"encoder_hidden_states": draw(rows, TEXT_TOKENS, TEXT_DIM)}
