@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,14 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from fastdiff.plan import Action, check_same_units
+from fastdiff.plan import READS_CACHE, Action, check_same_units
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.utils.flop_counter import FlopCounterMode
 
-    from fastdiff.backbones import Backbone
+    from fastdiff.backbones import Backbone, Unit
     from fastdiff.plan import ComputePlan
 
 
@@ -33,6 +34,8 @@ class UnitCosts:
         fixed_macs: those outside the units (embeddings, output layers), which every evaluation pays.
         latency: seconds of each unit, shape ``(units,)``.
         fixed_latency: seconds outside the units.
+        shortcut_macs: multiply-accumulates of what carries each unit's input past its residual, shape ``(units,)``:
+            paid once more where that residual is kept, and paid still where it is reused. None for nothing.
     """
 
     units: tuple[str, ...]
@@ -40,6 +43,7 @@ class UnitCosts:
     fixed_macs: float
     latency: np.ndarray
     fixed_latency: float
+    shortcut_macs: np.ndarray | None = None
 
     @property
     def total_macs(self) -> float:
@@ -50,10 +54,6 @@ class UnitCosts:
     def total_latency(self) -> float:
         """Seconds of one full evaluation."""
         return float(self.latency.sum() + self.fixed_latency)
-
-    def macs_of(self, actions: Sequence[int]) -> float:
-        """MACs of one evaluation in which each unit does what ``actions`` say."""
-        return float(self.macs[np.asarray(actions) == Action.COMPUTE].sum() + self.fixed_macs)
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,20 @@ def price(plan: ComputePlan, costs: UnitCosts | None = None) -> PlanCost:
         return PlanCost(None, plan.share, 1 / plan.share if plan.share else math.inf)
     check_same_units(plan.units, costs.units)
     macs = float((computed * costs.macs).sum() + plan.evaluations * costs.fixed_macs)
+    if costs.shortcut_macs is not None:
+        macs += float((_uses_shortcut(plan, costs.shortcut_macs > 0) * costs.shortcut_macs).sum())
     seconds = float((computed * costs.latency).sum() + plan.evaluations * costs.fixed_latency)
     share = macs / (plan.evaluations * costs.total_macs)
     return PlanCost(macs, share, plan.evaluations * costs.total_latency / seconds if seconds else math.inf)
+
+
+def _uses_shortcut(plan: ComputePlan, has_shortcut: np.ndarray) -> np.ndarray:
+    """Where a unit's shortcut runs besides the unit: its residual is reused there, or kept for a later row."""
+    replaced = np.isin(plan.units, plan.meta.get("replaced", ()))
+    uses = np.isin(plan.table, READS_CACHE) & has_shortcut & ~replaced
+    for row, column in np.argwhere(uses):
+        uses[list(plan.sources(row, column)), column] = True
+    return uses
 
 
 _measured: WeakKeyDictionary[nn.Module, dict[Any, UnitCosts]] = WeakKeyDictionary()
@@ -106,21 +117,52 @@ def measure(backbone: Backbone, arguments: Mapping[str, Any], repeats: int = 5) 
     if layout not in known:
         macs, fixed_macs = count_macs(backbone, arguments)
         latency, fixed_latency = time_units(backbone, arguments, repeats)
-        known[layout] = UnitCosts(backbone.names, macs, fixed_macs, latency, fixed_latency)
+        shortcut_macs = count_shortcut_macs(backbone, arguments)
+        known[layout] = UnitCosts(backbone.names, macs, fixed_macs, latency, fixed_latency, shortcut_macs)
     return known[layout]
 
 
 def count_macs(backbone: Backbone, arguments: Mapping[str, Any]) -> tuple[np.ndarray, float]:
     """MACs of each unit and of the rest in one evaluation, half of what torch's ``FlopCounterMode`` counts."""
+    with _flop_counter() as counter:
+        flops, total = _per_unit(backbone, arguments, counter.get_total_flops)
+    return flops / 2, (total - flops.sum()) / 2
+
+
+def count_shortcut_macs(backbone: Backbone, arguments: Mapping[str, Any]) -> np.ndarray | None:
+    """MACs of each unit's shortcut, see `UnitCosts`; None if no unit has one."""
+    import torch
+
+    macs = np.zeros(len(backbone.units))
+
+    def count(index: int, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert unit.io is not None
+        assert unit.shortcut is not None
+        with _flop_counter() as counter:
+            unit.shortcut(unit.io.read(args, kwargs)[0])
+        macs[index] = counter.get_total_flops() / 2
+
+    with ExitStack() as hooks, torch.no_grad():
+        for index, unit in enumerate(backbone.units):
+            if unit.shortcut is not None:
+                handle = unit.module.register_forward_pre_hook(
+                    lambda _, args, kwargs, index=index, unit=unit: count(index, unit, args, kwargs), with_kwargs=True
+                )
+                hooks.callback(handle.remove)
+        if any(unit.shortcut is not None for unit in backbone.units):
+            backbone.denoiser.forward(**arguments)
+    return macs if macs.any() else None
+
+
+def _flop_counter() -> FlopCounterMode:
+    """A counter of torch's, with the attention it has no formula for."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     attention = {
         getattr(torch.ops.aten, name): _attention_flops for name in _ATTENTION_OPS if hasattr(torch.ops.aten, name)
     }
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-        flops, total = _per_unit(backbone, arguments, counter.get_total_flops)
-    return flops / 2, (total - flops.sum()) / 2
+    return FlopCounterMode(display=False, custom_mapping=attention)
 
 
 _ATTENTION_OPS = (

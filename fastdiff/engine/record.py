@@ -69,7 +69,10 @@ class DenoiserRecord:
         """What was executed, as a plan: the rows of the first guidance branch in order."""
         if not self.calls:
             raise ValueError("The denoiser was not called, so there is no executed plan.")
-        rows = [call.actions for call in self.calls if call.branch == self.calls[0].branch]
+        return self._executed(self.calls[0].branch)
+
+    def _executed(self, branch: Branch) -> ComputePlan:
+        rows = [call.actions for call in self.calls if call.branch == branch]
         return ComputePlan(np.array(rows), self.units, self.plans[-1].meta if self.plans else {})
 
     @property
@@ -84,12 +87,20 @@ class DenoiserRecord:
         return 1 - self.skipped / cells if cells else 1.0
 
     @property
-    def macs_share(self) -> float | None:
-        """Share of the full MACs that was spent; None for a denoiser that was not called."""
+    def macs(self) -> float | None:
+        """Multiply-accumulates that were spent, of the whole batch; None for a denoiser that was not called."""
         if self.measure is None or not self.calls:
             return None
         costs = self.measure()
-        return sum(costs.macs_of(call.actions) for call in self.calls) / (len(self.calls) * costs.total_macs)
+        return sum(self._executed(branch).cost(costs).macs or 0.0 for branch in self.branches)
+
+    @property
+    def macs_share(self) -> float | None:
+        """Share of the full MACs that was spent; None for a denoiser that was not called."""
+        macs = self.macs
+        if macs is None or self.measure is None:
+            return None
+        return macs / (len(self.calls) * self.measure().total_macs)
 
     def lines(self) -> Iterator[str]:
         """The record as indented text."""

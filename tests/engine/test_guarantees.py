@@ -301,9 +301,7 @@ def plain_flops(name: str) -> int:
 
 
 @EVERY_CASE
-def test_price_is_what_is_counted(name: str, method: str, request: pytest.FixtureRequest) -> None:
-    if method == "inherit-branches":
-        request.applymarker(pytest.mark.xfail(reason="shortcuts of reused resnets have no price", strict=True))
+def test_price_is_what_is_counted(name: str, method: str) -> None:
     pipe = accelerated(name, method)
     share = denoiser_flops(pipe, name) / plain_flops(name)
     record = record_of(pipe)
