@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny.pipelines import TINY_PIPELINES
 
 import fastdiff
 from fastdiff.errors import ConfigError
@@ -19,6 +18,7 @@ from fastdiff.eval.ways import MAIN, Way, expand, merge, parse_ways, plain
 from fastdiff.methods import EncoderPropagation, ExitSchedule, FeatureInheritance, LayerSkipping, SkipTuning
 from fastdiff.pipelines.acceleration import PRESETS
 from fastdiff.plan import ComputePlan
+from tiny.pipelines import TINY_PIPELINES
 
 
 def one(spec: str, steps: int = 50, **options: object) -> Way:
