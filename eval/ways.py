@@ -1,12 +1,12 @@
 """Ways of sampling the same images, read from text: fewer steps, fastdiff's methods, and other packages.
 
-steps:25                                    plain sampling with fewer steps
-preset:balanced                             a preset of fastdiff's
-encoder-propagation:keys=3                  a method, in the syntax of the command line's ``--method``
-skip-tuning:rho=0.8+steps:10                several together, here a method at a number of steps of its own
-exit-schedule:d-min=4..12                   a range makes a way of each number; 4..12..2 takes every second
-feature-inheritance:interval={2,3,5}        a list makes a way of each entry
-deepcache:interval=3                        another package, see `fastdiff.eval.peers`
+- ``steps:25``: plain sampling with fewer steps
+- ``preset:balanced``: a preset of fastdiff's
+- ``encoder-propagation:keys=3``: a method, in the syntax of the command line's ``--method``
+- ``skip-tuning:rho=0.8+steps:10``: several together, here a method at a number of steps of its own
+- ``exit-schedule:d-min=4..12``: a range makes a way of each number; 4..12..2 takes every second
+- ``feature-inheritance:interval={2,3,5}``: a list makes a way of each entry
+- ``deepcache:interval=3``: another package, see `fastdiff.eval.peers`
 """
 
 from __future__ import annotations
@@ -276,9 +276,8 @@ def _method(spec: str, name: str, rest: str, units: int | None) -> Method:
 def _made(spec: str, make: Callable[..., Method], rest: str, units: int | None) -> Method:
     """A method from the arguments of a function that makes it."""
     parameters = inspect.signature(make).parameters
-    given = {
-        key.strip().replace("-", "_"): value for key, _, value in (item.partition("=") for item in rest.split(","))
-    }
+    items = (item.partition("=") for item in rest.split(","))
+    given = {key.strip().replace("-", "_"): value for key, _, value in items}
     if "full" in parameters and "full" not in given:
         if units is None:
             raise ConfigError(f"{spec!r} needs full=NUMBER: of how many units the denoiser has at full depth.")
