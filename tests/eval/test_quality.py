@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fastdiff.errors import ConfigError
 from fastdiff.eval import FeatureStatistics, fid, psnr, resample_fid, wilson_interval
+from fastdiff.eval.quality import mean_interval
 
 
 def gaussian(count: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -82,6 +83,27 @@ def test_resampling_repeats_with_its_seed() -> None:
     first, again, other = (resample_fid(features, reference, 20, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
+
+
+@pytest.mark.parametrize("count", [12, 60], ids=["fewer samples than dimensions", "more"])
+def test_resampled_distances_are_the_distances_of_the_resampled_sets(count: int) -> None:
+    features, reference = 1.2 * gaussian(count, 24) + 0.3, FeatureStatistics.of(gaussian(300, 24, seed=1))
+    draws = np.random.default_rng(5).integers(0, count, (10, count))
+    expected = [fid(features[draw], reference) for draw in draws]
+    np.testing.assert_allclose(resample_fid(features, reference, 10, seed=5), expected, rtol=1e-6)
+
+
+def test_statistics_from_moments_are_those_of_the_features() -> None:
+    features, other = gaussian(50, 6) + 2, FeatureStatistics.of(gaussian(40, 6, seed=1))
+    known = FeatureStatistics.from_moments(features.mean(axis=0), np.cov(features, rowvar=False))
+    assert known.count is None
+    assert fid(gaussian(40, 6, seed=1), known) == pytest.approx(fid(features, other), rel=1e-9)
+
+
+def test_mean_interval_covers_the_mean_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(0).exponential(size=(300, 100))
+    covered = [low <= 1 <= high for low, high in map(mean_interval, draws)]
+    assert np.mean(covered) == pytest.approx(0.94, abs=0.04)
 
 
 def test_the_error_of_a_difference_is_that_of_fresh_pairs_and_smaller_than_either() -> None:
