@@ -38,7 +38,7 @@ class Setting:
 
 def settings() -> list[Setting]:
     """All rows."""
-    propagation, inheritance = "Encoder propagation", "Feature inheritance by stages"
+    propagation, inheritance = "Encoder propagation", "Feature inheritance"
     return [
         Setting(f"{propagation}, 9 keys of 50", EncoderPropagation()),
         Setting(f"{propagation}, 7 keys of 20", EncoderPropagation(), 20),

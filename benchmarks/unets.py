@@ -81,7 +81,7 @@ class Section:
 def solver_section(key: str, name: str, scheduler: type, steps: int, samples: int) -> Section:
     """Every method at one number of steps."""
     inheritance = {
-        f"inheritance-{n}": (f"Feature inheritance by stages, every {nth}, forecast", FeatureInheritance(n, order=2))
+        f"inheritance-{n}": (f"Feature inheritance, every {nth}, forecast", FeatureInheritance(n, order=2))
         for n, nth in INTERVALS.items()
     }
     propagation = {
