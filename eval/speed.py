@@ -2,16 +2,138 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
+from torch import nn
 
 from fastdiff.cost import synchronize
 from fastdiff.errors import ConfigError
+
+WORTHWHILE = 1.05
+"""A larger batch must make at least so many times the images in a second."""
+
+MEMORY_SAMPLES = 0.005
+"""Seconds between two looks at a process's memory."""
+
+
+# -- taking turns ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one call took.
+
+    Args:
+        seconds: of the whole call.
+        denoiser_seconds: of the denoisers' evaluations in it; None if they were not timed.
+        peak_bytes: what torch's allocator held at most on a GPU, weights included; None elsewhere: what a process
+            holds there depends on what it did before.
+    """
+
+    seconds: float
+    denoiser_seconds: float | None = None
+    peak_bytes: int | None = None
+
+
+def timed_rounds(
+    contenders: Mapping[str, Callable[[int], Any]],
+    rounds: int,
+    *,
+    first: int = 0,
+    device: torch.device | str = "cpu",
+    denoisers: Callable[[str], Sequence[nn.Module]] = lambda _: (),
+    around: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext(),
+) -> Iterator[dict[str, Turn]]:
+    """Time contenders against each other: each runs once in every round, and the order moves on with every round.
+
+    A pair of times of one round lies seconds apart and saw the same machine, which is what makes their ratio
+    trustworthy where two separate averages are not.
+
+    Args:
+        contenders: name to what is timed; called with the round's index.
+        rounds: how many.
+        first: index of the first round; others may have been timed before.
+        device: what to wait for before the clock is read.
+        denoisers: modules whose calls are timed by themselves too, by the contender's name.
+        around: entered before every contender's turn and left after it, outside its time.
+
+    Yields:
+        What each contender took in a round.
+
+    Raises:
+        ConfigError: if there is no contender or no round.
+    """
+    names = list(contenders)
+    if not names or rounds < 1:
+        raise ConfigError(f"Timing needs contenders and at least one round; got {len(names)} and {rounds}.")
+    for index in range(first, first + rounds):
+        start = index % len(names)
+        turns = {}
+        for name in names[start:] + names[:start]:
+            with around(name):
+                turns[name] = take_turn(partial(contenders[name], index), device, denoisers(name))
+        yield turns
+
+
+def take_turn(call: Callable[[], Any], device: torch.device | str = "cpu", denoisers: Sequence[nn.Module] = ()) -> Turn:
+    """Time one call.
+
+    Args:
+        call: what is timed.
+        device: what to wait for before the clock is read.
+        denoisers: modules whose calls are timed by themselves too.
+    """
+    is_cuda = torch.device(device).type == "cuda"
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    with _stopwatch(denoisers, device) as taken:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        elapsed = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(device) if is_cuda else None
+    return Turn(elapsed, sum(taken()) if denoisers else None, peak)
+
+
+@contextmanager
+def _stopwatch(modules: Sequence[nn.Module], device: torch.device | str) -> Iterator[Callable[[], list[float]]]:
+    """Times the calls of modules within the block; on GPUs without waiting for any of them."""
+    mark, between = (_event, _between_events) if torch.device(device).type == "cuda" else (time.perf_counter, _between)
+    marks: list[list[Any]] = []
+    with ExitStack() as hooks:
+        for module in modules:
+            # Before and after every other hook: what these do is part of an evaluation's time.
+            entered = module.register_forward_pre_hook(lambda *_: marks.append([mark()]), prepend=True)
+            left = module.register_forward_hook(lambda *_: marks[-1].append(mark()))
+            hooks.callback(entered.remove)
+            hooks.callback(left.remove)
+        yield lambda: [between(*pair) for pair in marks if len(pair) == 2]
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between_events(start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+    return start.elapsed_time(stop) / 1000
+
+
+def _between(start: float, stop: float) -> float:
+    return stop - start
 
 
 def _nothing(name: str) -> None:
@@ -27,10 +149,7 @@ def time_interleaved(
     before_each: Callable[[str], None] = _nothing,
     after_each: Callable[[str], None] = _nothing,
 ) -> dict[str, list[float]]:
-    """Time contenders against each other: each runs once in every round, and the order moves on with every round.
-
-    A pair of times of one round lies seconds apart and saw the same machine, which is what makes their ratio
-    trustworthy where two separate averages are not.
+    """The seconds of `timed_rounds`, one entry for each round, by name.
 
     Args:
         contenders: name to what is timed; called with the round's index, which is negative while warming up.
@@ -40,29 +159,23 @@ def time_interleaved(
         before_each: called with the name before every contender's turn, outside its time.
         after_each: the same after its turn.
 
-    Returns:
-        Seconds by name, one entry for each round.
-
     Raises:
         ConfigError: if there is no contender or no round.
     """
-    names = list(contenders)
-    if not names or rounds < 1:
-        raise ConfigError(f"Timing needs contenders and at least one round; got {len(names)} and {rounds}.")
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(-warm_up, rounds):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            before_each(name)
-            synchronize(device)
-            start = time.perf_counter()
-            contenders[name](index)
-            synchronize(device)
-            elapsed = time.perf_counter() - start
-            if index >= 0:
-                seconds[name].append(elapsed)
-            after_each(name)
-    return seconds
+
+    @contextmanager
+    def around(name: str) -> Iterator[None]:
+        before_each(name)
+        yield
+        after_each(name)
+
+    if rounds < 1:
+        raise ConfigError(f"Timing needs at least one round; got {rounds}.")
+    turns = list(timed_rounds(contenders, warm_up + rounds, first=-warm_up, device=device, around=around))[warm_up:]
+    return {name: [turn[name].seconds for turn in turns] for name in contenders}
+
+
+# -- what times say ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,7 +196,7 @@ class Ratio:
 
 
 def paired_ratio(baseline: Sequence[float], seconds: Sequence[float]) -> Ratio:
-    """Compare times from `time_interleaved`, round by round.
+    """Compare times of `timed_rounds`, round by round.
 
     Args:
         baseline: the baseline's seconds.
@@ -97,3 +210,107 @@ def paired_ratio(baseline: Sequence[float], seconds: Sequence[float]) -> Ratio:
     ratios = [slow / fast for slow, fast in zip(baseline, seconds, strict=True)]
     low, _, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return Ratio(median(ratios), low, high, len(ratios))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long calls take.
+
+    Args:
+        batch: images in each.
+        seconds: median of the calls (p50).
+        low: lower quartile.
+        high: upper quartile.
+        p95: 95th percentile; of few calls it is little more than the slowest.
+        images_per_second: at the median.
+        calls: how many were timed.
+    """
+
+    batch: int
+    seconds: float
+    low: float
+    high: float
+    p95: float
+    images_per_second: float
+    calls: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], batch: int) -> Latency:
+        """Of some calls of one batch size.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        if not seconds:
+            raise ConfigError("A latency is that of at least one call.")
+        low, middle, high, p95 = (float(value) for value in np.percentile(seconds, [25, 50, 75, 95]))
+        return cls(batch, middle, low, high, p95, batch / middle if middle else math.inf, len(seconds))
+
+
+# -- memory and batches ------------------------------------------------------------------------------------------------
+
+
+def saturating_batch(
+    call: Callable[[int], Any],
+    *,
+    device: torch.device | str = "cpu",
+    most: int = 4096,
+    repeats: int = 2,
+) -> int:
+    """The batch from which a larger one hardly makes more images in a second.
+
+    Doubled from 1 on, until that gains less than 5 % or memory ends.
+
+    Args:
+        call: makes a batch of some images.
+        device: what to wait for before the clock is read.
+        most: the largest batch to try.
+        repeats: timed calls of each batch, the fastest counts; one to warm up comes first.
+    """
+    device = torch.device(device)
+    batch, best = 1, 0.0
+    while batch <= most:
+        try:
+            with _grown_memory() as grown:
+                call(batch)
+            seconds = min(take_turn(partial(call, batch), device).seconds for _ in range(repeats))
+        except (MemoryError, RuntimeError) as error:
+            if batch == 1 or not is_out_of_memory(error):
+                raise
+            break
+        if batch / seconds < WORTHWHILE * best:
+            break
+        best = batch / seconds
+        batch *= 2
+        # Where memory is not a GPU's own, running out of it ends the process and not the call.
+        if device.type == "cpu" and 2 * grown() > psutil.virtual_memory().available:
+            break
+    return max(1, batch // 2)
+
+
+@contextmanager
+def _grown_memory() -> Iterator[Callable[[], int]]:
+    """By how many bytes this process grows within the block, at most, looked at every few milliseconds."""
+    process = psutil.Process()
+    seen = [process.memory_info().rss]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(MEMORY_SAMPLES):
+            seen.append(process.memory_info().rss)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield lambda: max(seen) - seen[0]
+    finally:
+        done.set()
+        watching.join()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has ended; torch has several."""
+    message = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in message for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )

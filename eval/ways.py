@@ -23,10 +23,10 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import fastdiff
-from fastdiff.cli.spec import format_method, kebab, method_classes, parse_method
 from fastdiff.errors import ConfigError
 from fastdiff.methods import ExitSchedule, FeatureInheritance, Method, SavedPlan
 from fastdiff.pipelines.acceleration import preset_methods
+from fastdiff.spec import format_method, kebab, method_classes, parse_method
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -127,6 +127,12 @@ def plain(num_inference_steps: int, *, model: str = MAIN, is_baseline: bool = Fa
     """The pipeline as it is, with some number of steps."""
     label = f"{num_inference_steps} step{'' if num_inference_steps == 1 else 's'}"
     return Way(num_inference_steps, model=model, label=label, group=BASELINE if is_baseline else FEWER_STEPS)
+
+
+def fewer_steps(num_inference_steps: int, *, model: str = MAIN) -> tuple[Way, ...]:
+    """Plain sampling with about a half, a third and a quarter of the steps, as far as these differ."""
+    counts = sorted({round(num_inference_steps / divisor) for divisor in (2, 3, 4)} - {0, num_inference_steps})
+    return tuple(plain(count, model=model) for count in reversed(counts))
 
 
 def parse_ways(
@@ -248,14 +254,14 @@ def _whole(text: str, spec: str) -> int:
 
 
 def _peer(spec: str, name: str) -> Peer:
-    from fastdiff.eval import peers
+    from fastdiff.eval.peers import names, parse_peer
 
-    if name not in peers.names():
+    if name not in names():
         raise ConfigError(
             f"There is no way of sampling {name!r}; there are steps:NUMBER, preset:NAME, "
-            f"{', '.join(method_classes())}, plan:FILE, and of other packages {', '.join(peers.names())}."
+            f"{', '.join(method_classes())}, plan:FILE, and of other packages {', '.join(names())}."
         )
-    return peers.parse_peer(spec)
+    return parse_peer(spec)
 
 
 _SHORTHANDS: dict[tuple[str, str], Callable[..., Method]] = {
