@@ -22,7 +22,7 @@ from fastdiff.eval.fingerprint import describe_pipeline, describe_place
 from fastdiff.eval.processes import Processes
 from fastdiff.eval.provenance import describe_environment
 from fastdiff.eval.sampling import BadImageError, Samples, batches, call, sample_applied
-from fastdiff.eval.speed import Turn, is_out_of_memory, paired_ratio, saturating_batch, timed_rounds
+from fastdiff.eval.speed import Turn, is_out_of_memory, paired_ratio, saturating_batch, take_turn, timed_rounds
 from fastdiff.eval.store import Store, StoreError
 from fastdiff.eval.ways import MAIN, Way, merge, plain
 from fastdiff.eval.work import Work, counted_macs, denoisers_of, recorded_work
@@ -248,7 +248,7 @@ class Sweep:
         with self._excused(way) as error:
             pipe, ready = self._pipes[way.model], self._ready(way)
             with ready.applied(pipe):
-                call(pipe, ready, self._task, range(batch))
+                take_turn(partial(call, pipe, ready, self._task, range(batch)), self._device, denoisers_of(pipe))
         self.store.set_error(way.key, error or None)
         bar.update()
         if error:
