@@ -164,7 +164,7 @@ class FasterCache(DiffusersCache):
 
     Args:
         interval: evaluations from one run of the attentions to the next, inside the range.
-        timesteps: the range.
+        timesteps: the range, which leaves out the first evaluation.
         guidance_interval: evaluations from one run of both branches to the next; None runs both in each
             (``is_guidance_distilled``).
         guidance_timesteps: the range of that.
