@@ -51,7 +51,7 @@ class DiffusersCache(Peer):
             for denoiser in denoisers_of(pipe).values():
                 # diffusers resets what it knows to be a cache after the call; whatever else is kept lasts for one.
                 is_for_one_call = opens_context or not isinstance(denoiser, CacheMixin)
-                watch = _Watch(self, denoiser, evaluations if is_for_one_call else None)
+                watch = _Watch(self, pipe, denoiser, evaluations if is_for_one_call else None)
                 stack.callback(watch.remove)
                 self._enable_on(denoiser, self._config(denoiser, evaluations, watch.timestep), stack)
                 if opens_context:
@@ -96,13 +96,15 @@ class _Watch:
 
     Args:
         peer: who asks.
+        pipe: whose calls they are; if it tells its timestep, the denoiser, which may get it in another unit, need not.
         denoiser: whose calls are watched.
         limit: how many there are if nothing is kept from another branch or another call; None where diffusers keeps
             these apart.
     """
 
-    def __init__(self, peer: Peer, denoiser: nn.Module, limit: int | None) -> None:
+    def __init__(self, peer: Peer, pipe: DiffusionPipeline, denoiser: nn.Module, limit: int | None) -> None:
         self._peer = peer
+        self._pipe = pipe
         self._limit = limit
         self._calls = 0
         self._given: Any = None
@@ -110,7 +112,9 @@ class _Watch:
         self.remove = denoiser.register_forward_pre_hook(self._note, with_kwargs=True).remove
 
     def _note(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._given = self._signature.bind_partial(denoiser, *args, **kwargs).arguments.get("timestep")
+        arguments = self._signature.bind_partial(denoiser, *args, **kwargs).arguments
+        given = getattr(self._pipe, "current_timestep", None)
+        self._given = arguments.get("timestep") if given is None else given
         self._calls += 1
         if self._limit is not None and self._calls > self._limit:
             raise PeerUnavailableError(
@@ -120,7 +124,15 @@ class _Watch:
             )
 
     def timestep(self) -> float:
-        """The timestep of the evaluation under way."""
+        """The timestep of the evaluation under way.
+
+        Raises:
+            PeerUnavailableError: if neither pipeline nor denoiser is told.
+        """
+        if self._given is None:
+            raise PeerUnavailableError(
+                f"{self._peer.name} asks for the timestep; {type(self._pipe).__name__} has none."
+            )
         if isinstance(self._given, torch.Tensor):  # read once: every reading waits for the device
             self._given = float(self._given.flatten()[0])
         return float(self._given)
