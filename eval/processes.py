@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from fastdiff.errors import FastDiffError
 
@@ -18,15 +18,28 @@ PATIENCE = timedelta(days=7)
 """How long a process waits for the others; by default that would be minutes, and timing alone takes longer."""
 
 
+def default_device() -> torch.device:
+    """What this machine computes on best."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    has_xpu = hasattr(torch, "xpu") and torch.xpu.is_available()
+    return torch.device("xpu" if has_xpu else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
 class OtherProcessError(FastDiffError, RuntimeError):
     """An error in another process, which says more about it."""
 
 
 class Processes:
-    """The processes of this command: one, unless a launcher started several. All of them see the same folders."""
+    """The processes of this command: one, unless a launcher started several. All of them see the same folders.
 
-    def __init__(self) -> None:
-        self._state = PartialState(timeout=PATIENCE)
+    Args:
+        cpu: whether they compute on CPUs, though there may be something faster.
+    """
+
+    def __init__(self, *, cpu: bool = False) -> None:
+        cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or default_device().type == "cpu"
+        self._state = PartialState(cpu=cpu, timeout=PATIENCE)
 
     @property
     def count(self) -> int:

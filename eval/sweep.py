@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from fastdiff.errors import ConfigError, FastDiffError, FastDiffNoEffectWarning
@@ -114,7 +115,7 @@ class Sweep:
         self._judge = judge
         self._settings = settings
         self._judged = {"samples": settings.num_samples, **(judged or {})}
-        self._processes = processes or Processes()
+        self._processes = processes or Processes(cpu=self._device.type == "cpu")
         self._progress = progress and self._processes.is_main
         if unknown := {way.model for way in ways} - set(self._pipes):
             raise ConfigError(f"There are ways for the pipelines {sorted(unknown)}; there is {sorted(self._pipes)}.")
@@ -166,8 +167,8 @@ class Sweep:
         )
 
     @property
-    def _device(self) -> Any:
-        return next(iter(self._pipes.values())).device
+    def _device(self) -> torch.device:
+        return torch.device(next(iter(self._pipes.values())).device)
 
     def _bar(self, what: str, total: float) -> tqdm:
         # No smoothing: ways differ in speed, so that the latest one says little about those to come.
