@@ -200,17 +200,19 @@ class DatasetImages:
     """A column of images of a `datasets.Dataset`, decoded as they are asked for.
 
     Args:
-        column: of PIL images, as long as the data set.
+        table: the data set.
+        column: the column.
         name: for messages.
     """
 
-    def __init__(self, column: Any, name: str) -> None:
+    def __init__(self, table: Any, column: str, name: str) -> None:
+        self._table = table.select_columns([column])
         self._column = column
         self._name = name
         self._size: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        return len(self._column)
+        return len(self._table)
 
     def __getitem__(self, chosen: slice) -> np.ndarray:
         return np.stack([self._read(index) for index in range(*chosen.indices(len(self)))])
@@ -222,7 +224,7 @@ class DatasetImages:
     def _read(self, index: int) -> np.ndarray:
         where = f"{index} of {self._name}"
         try:
-            image = self._column[index]
+            image = self._table[index][self._column]
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ImageDataError(f"The image {where} cannot be read: {error}") from error
         if not isinstance(image, Image.Image):
@@ -287,7 +289,7 @@ def _dataset_images(source: str) -> DatasetImages:
         raise ReferenceSetError(f"{source}: no column {column!r} of images; there are: {', '.join(image_columns)}.")
     if not len(table):
         raise ImageDataError(f"{source} holds no images.")
-    return DatasetImages(table[column], source)
+    return DatasetImages(table, column, source)
 
 
 def _of_images(
