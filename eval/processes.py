@@ -7,8 +7,8 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate.utils import gather_object, parse_flag_from_env  # type: ignore[import-untyped]
 
 from fastdiff.errors import FastDiffError
 

@@ -173,7 +173,8 @@ def _decoded(pipe: DiffusionPipeline) -> Iterator[list[np.ndarray]]:
     if not isinstance(decoder, nn.Module):
         yield decoded
         return
-    decode, before = decoder.decode, dict(vars(decoder))
+    decode: Any = decoder.decode
+    before = dict(vars(decoder))
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         latents = args[0] if args else next(iter(kwargs.values()))

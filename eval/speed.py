@@ -114,16 +114,23 @@ def _stopwatch(modules: Sequence[nn.Module], device: torch.device | str) -> Iter
     mark, between = (_event, _between_events) if is_cuda else (time.perf_counter, _between)
     marks: list[tuple[Any, Any]] = []
 
+    running = False
+
     def timed(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        start = mark()
-        output = call(*args, **kwargs)
-        marks.append((start, mark()))
-        return output
+        nonlocal running
+        if running:  # a call within a call, such as several evaluations made at once, is part of its time
+            return call(*args, **kwargs)
+        running, start = True, mark()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            running = False
+            marks.append((start, mark()))
 
     with ExitStack() as stack:
         for module in modules:
             own = type(module)
-            module.__class__ = _timed_class(own)
+            module.__class__ = _timed_class(own)  # type: ignore[arg-type]  # a class is hashable
             vars(module)[_TIMED] = timed
             stack.callback(vars(module).pop, _TIMED)
             stack.callback(setattr, module, "__class__", own)

@@ -112,7 +112,7 @@ class Store:
 
     def add(self, way: Way) -> None:
         """Keep what a way is; labels and groups may change later."""
-        told = {"spec": way.spec, "label": way.label, "group": way.group, "model": way.model}
+        told: dict[str, Any] = {"spec": way.spec, "label": way.label, "group": way.group, "model": way.model}
         told |= {"num_inference_steps": way.num_inference_steps, "plain": way.is_plain}
         told["peer"] = None if way.peer is None else {"name": way.peer.name, "version": way.peer.version()}
         if self.told(way.key) != told:
@@ -286,7 +286,7 @@ def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+            np.savez(file, allow_pickle=False, **arrays)
         Path(name).chmod(0o644)
         os.replace(name, path)
     except BaseException:

@@ -149,10 +149,14 @@ class Sweep:
                 found = self._processes.on_main(lambda: self._find_matches(ways))
                 ways = merge([*ways, *(plain(steps, model=model) for model, steps in found)])
                 self._processes.on_main(lambda: self._time_all(ways))
-        self._processes.on_main(lambda: [self.store.add(way) for way in ways])
+        self._processes.on_main(lambda: self._add(ways))
         self._sample_all(ways)
         self._raise_bad_images(ways)
         return self.store
+
+    def _add(self, ways: Sequence[Way]) -> None:
+        for way in ways:
+            self.store.add(way)
 
     def _open(self) -> None:
         settings = self._settings

@@ -88,7 +88,7 @@ def denoisers_of(pipe: DiffusionPipeline) -> list[nn.Module]:
 @contextmanager
 def _wrapped_forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     own = vars(module).get("forward")
-    module.forward = wrap(module.forward)  # type: ignore[method-assign]
+    module.forward = wrap(module.forward)
     try:
         yield
     finally:

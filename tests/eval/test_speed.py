@@ -165,6 +165,22 @@ def test_work_in_hooks_is_part_of_a_denoisers_time() -> None:
     with_hook.remove()
 
 
+class Nested(nn.Module):
+    """A denoiser that calls itself, as hooks do that make several evaluations at once."""
+
+    def forward(self, depth: int) -> None:
+        spend(STEP)
+        if depth:
+            self(depth - 1)
+
+
+def test_a_call_within_a_call_counts_once() -> None:
+    module = Nested()
+    turn = take_turn(lambda: module(2), denoisers=[module])
+    assert turn.denoiser_seconds == pytest.approx(3 * STEP, rel=0.1)
+    assert turn.denoiser_seconds <= turn.seconds
+
+
 class Doubling(nn.Module):
     """Something to compile: torch leaves its own modules as they are."""
 
