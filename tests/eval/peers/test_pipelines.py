@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry
 from diffusers.models.attention import BasicTransformerBlock
 
 import fastdiff
@@ -162,6 +163,17 @@ def test_a_refusal_half_way_leaves_nothing(plain: Plain) -> None:
     finally:
         block.__class__ = BasicTransformerBlock
     assert np.array_equal(sample(pipe), images)
+
+
+def test_hooks_come_off_modules_that_had_a_registry_before() -> None:
+    pipe = load("glyphs-dit")
+    images = sample(pipe)
+    for block in pipe.transformer.transformer_blocks:
+        HookRegistry.check_if_exists_or_initialize(block)
+    for _ in range(2):
+        with parse_peer("first-block-cache:threshold=0.3").applied(pipe, STEPS):
+            assert not np.array_equal(sample(pipe), images)
+        assert np.array_equal(sample(pipe), images)
 
 
 def test_a_setting_without_effect_leaves_the_images_equal(plain: Plain) -> None:
