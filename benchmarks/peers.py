@@ -135,8 +135,8 @@ def render(data: dict[str, Any]) -> str:
         "",
         f"{versions}; torch {environment['torch']}. {settings['steps']} DDIM steps, {settings['batch']} images, "
         "float32 on a CPU. Work is the share of plain sampling's multiply-accumulates, as torch counts them, over all "
-        "networks; it is no time. PSNR is against plain sampling from the same noise. Made by `benchmarks/peers.py`; how "
-        "each peer is enabled is in [docs/peers.md](../../docs/peers.md).",
+        "networks; it is no time. PSNR is against plain sampling from the same noise. Made by `benchmarks/peers.py`; "
+        "how each peer is enabled is in [docs/peers.md](../../docs/peers.md).",
         "",
         *overview(data["models"]),
     ]

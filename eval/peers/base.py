@@ -206,8 +206,14 @@ class _Modules:
     restored here is the absence of all that.
     """
 
-    _IN_PLACE = ("_modules", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs")
-    _IN_PLACE += ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+    _IN_PLACE = (
+        "_modules",
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+    )
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]

@@ -88,7 +88,8 @@ def _hooks_below(denoiser: nn.Module) -> set[tuple[nn.Module, str]]:
 
 def _remove_hooks(denoiser: nn.Module, kept: set[tuple[nn.Module, str]]) -> None:
     for module, name in {*_hooks_below(denoiser), *_hooks_of(denoiser)} - kept:
-        module._diffusers_hook.remove_hook(name, recurse=False)
+        registry: Any = module._diffusers_hook
+        registry.remove_hook(name, recurse=False)
 
 
 class _Watch:

@@ -38,8 +38,8 @@ class FreeU(Peer):
             check_number(self, name, 0, 10)
 
     def _enable(self, pipe: DiffusionPipeline, num_inference_steps: int) -> Callable[[], Any]:
-        unet = unet_of(pipe, self)
+        unet: Any = unet_of(pipe, self)
         if not hasattr(unet, "enable_freeu"):
             raise PeerUnavailableError(f"{type(unet).__name__} has no enable_freeu: diffusers has it for others only.")
         unet.enable_freeu(s1=self.s1, s2=self.s2, b1=self.b1, b2=self.b2)
-        return unet.disable_freeu  # type: ignore[no-any-return]
+        return unet.disable_freeu
