@@ -221,7 +221,6 @@ class ClipScorer:
         for image, caption in tqdm(zip(images, captions, strict=True), "CLIP score", len(images), False, disable=None):
             # One at a time, because torchmetrics gives a batch's mean only.
             values.append(float(self.metric(channels_first(image[None]).to(self.device)[0], caption)))
-            self.metric.reset()
         return PerImage.of("clip_score", np.array(values), True)
 
 

@@ -121,19 +121,35 @@ def test_a_damaged_cache_file_is_made_anew(folder: Path, cache: Path, damage: st
     assert kept.read_bytes() == content
 
 
-def test_a_write_that_fails_leaves_no_file_and_the_measurement_goes_on(
-    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, content: bytes) -> int:
         with self.open("wb") as file:
             file.write(content[:10])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
+
+
+def test_a_write_that_fails_leaves_no_file_and_the_measurement_goes_on(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_the_disk(monkeypatch)
     with pytest.warns(UserWarning, match="No space left"):
         reference = load_reference(folder, NET, cache=cache)
     assert reference.statistics.count == 6
     assert not list(cache.iterdir())
+
+
+def test_a_write_that_fails_leaves_the_former_file_as_it_was(
+    folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = load_reference(folder, NET, cache=cache)
+    reference.save(tmp_path / "kept.safetensors")
+    before = (tmp_path / "kept.safetensors").read_bytes()
+    fill_the_disk(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        reference.save(tmp_path / "kept.safetensors")
+    assert (tmp_path / "kept.safetensors").read_bytes() == before
 
 
 def test_an_unreadable_image_is_named(folder: Path, cache: Path) -> None:
