@@ -255,7 +255,7 @@ def _clean_inception(path: Path | None, device: torch.device) -> FeatureNet:
     with needs_library("clean-fid"):
         from cleanfid.inception_torchscript import InceptionV3W
     with weights_from(CLEAN_INCEPTION_FILE, path, FLAG, OFFLINE):
-        # By default clean-fid keeps the file in /tmp, which every user of the machine can write to.
+        # clean-fid's own default is the temporary folder, which every user of the machine can write to.
         folder = Path(torch.hub.get_dir(), "checkpoints") if path is None else path if path.is_dir() else path.parent
         if path is None:
             folder.mkdir(parents=True, exist_ok=True)
