@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdiff.cli.options import refusals_explained
 from fastdiff.errors import ConfigError, FastDiffError, UnsupportedPipelineError
 from fastdiff.eval.tasks import Task
 from fastdiff.eval.ways import Way
+from fastdiff.pipelines.calling import refusals_explained
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastdiff.cli.options import call_parameters
 from fastdiff.errors import ConfigError
+from fastdiff.pipelines.calling import call_parameters
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

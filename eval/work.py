@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastdiff.cost import _flop_counter
+from fastdiff.cost import flop_counter
 from fastdiff.pipelines.acceleration import DENOISERS
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def counted_macs(pipe: DiffusionPipeline, call: Callable[[], Any]) -> float:
     def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             nonlocal macs
-            with _flop_counter() as counter:
+            with flop_counter() as counter:
                 result = forward(*args, **kwargs)
             macs += counter.get_total_flops() / 2
             return result

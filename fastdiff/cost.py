@@ -124,7 +124,7 @@ def measure(backbone: Backbone, arguments: Mapping[str, Any], repeats: int = 5) 
 
 def count_macs(backbone: Backbone, arguments: Mapping[str, Any]) -> tuple[np.ndarray, float]:
     """MACs of each unit and of the rest in one evaluation, half of what torch's ``FlopCounterMode`` counts."""
-    with _flop_counter() as counter:
+    with flop_counter() as counter:
         flops, total = _per_unit(backbone, arguments, counter.get_total_flops)
     return flops / 2, (total - flops.sum()) / 2
 
@@ -138,7 +138,7 @@ def count_shortcut_macs(backbone: Backbone, arguments: Mapping[str, Any]) -> np.
     def count(index: int, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert unit.io is not None
         assert unit.shortcut is not None
-        with _flop_counter() as counter:
+        with flop_counter() as counter:
             unit.shortcut(unit.io.read(args, kwargs)[0])
         macs[index] = counter.get_total_flops() / 2
 
@@ -154,7 +154,7 @@ def count_shortcut_macs(backbone: Backbone, arguments: Mapping[str, Any]) -> np.
     return macs if macs.any() else None
 
 
-def _flop_counter() -> FlopCounterMode:
+def flop_counter() -> FlopCounterMode:
     """A counter of torch's, with the attention it has no formula for."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -71,8 +71,8 @@ def run(options: argparse.Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
     from fastdiff.cli.comparison import Progress, Settings, compare
-    from fastdiff.cli.output import staged_folder
     from fastdiff.cli.results import as_markdown, headline
+    from fastdiff.output import staged_folder
 
     finetuned = options.finetuned or (FINETUNED if options.model == MODEL else None)
     names = ("model", "reader", "samples", "batch", "steps", "guidance_scale", "seed", "renders", "dtype")

@@ -13,7 +13,6 @@ from fastdiff.cli.options import (
     add_device_options,
     add_method_options,
     call,
-    call_parameters,
     load_pipeline,
     new_parser,
     parse_arguments,
@@ -66,7 +65,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Sample and write the folder."""
-    from fastdiff.cli.output import staged_folder
+    from fastdiff.output import staged_folder
 
     with staged_folder(options.out) as folder:
         pipe = load_pipeline(options, options.model)
@@ -99,6 +98,8 @@ class Batch:
 
 def _conditions(pipe: DiffusionPipeline, options: argparse.Namespace) -> list[dict[str, Any]]:
     """What each image is to show, as arguments of the call."""
+    from fastdiff.pipelines.calling import call_parameters
+
     parameters = call_parameters(pipe)
     if options.batch < 1 or (options.samples is not None and options.samples < 1):
         raise ConfigError(f"--batch and --samples are at least 1; got {options.batch} and {options.samples}.")
@@ -149,6 +150,8 @@ def _shared_arguments(pipe: DiffusionPipeline, options: argparse.Namespace) -> d
         "guidance_scale": options.guidance_scale,
     }
     given = {name: value for name, value in arguments.items() if value is not None} | parse_arguments(options.arg)
+    from fastdiff.pipelines.calling import call_parameters
+
     parameters = call_parameters(pipe)
     if unknown := [name for name in given if name not in parameters]:
         raise ConfigError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; it takes {', '.join(parameters)}.")
@@ -157,6 +160,8 @@ def _shared_arguments(pipe: DiffusionPipeline, options: argparse.Namespace) -> d
 
 def _sample(pipe: DiffusionPipeline, conditions: list[dict[str, Any]], seeds: range, shared: dict[str, Any]) -> Batch:
     import torch
+
+    from fastdiff.pipelines.calling import call_parameters
 
     parameters = call_parameters(pipe)
     arguments = {name: [condition[name] for condition in conditions] for name in conditions[0]} | shared

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from fastdiff.cli.options import (
     add_device_options,
     call,
-    call_parameters,
     load_pipeline,
     new_parser,
     parse_arguments,
@@ -160,6 +159,7 @@ def _denoiser(pipe: DiffusionPipeline, name: str, options: argparse.Namespace) -
 def _measure(pipe: DiffusionPipeline, name: str, given: dict[str, Any]) -> UnitCosts | None:
     """Costs in the shapes of a short call; None if the call did not use the denoiser."""
     import fastdiff
+    from fastdiff.pipelines.calling import call_parameters
 
     required = {"class_labels": [0], "prompt": "a photo", "num_inference_steps": PROBE_STEPS}
     arguments = {key: value for key, value in required.items() if key in call_parameters(pipe)} | given

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 
 import fastdiff
-from fastdiff.cli import demo, generate, info, plan
+from fastdiff.cli import demo, evaluate, generate, info, plan
 from fastdiff.cli.options import HelpFormatter, examples
 from fastdiff.errors import FastDiffError
 
 FAILURE = 2
 INTERRUPTED = 130
-SUBCOMMANDS = (demo, generate, plan, info)
+SUBCOMMANDS = (demo, evaluate, generate, plan, info)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for subcommand in SUBCOMMANDS:
         subcommand.add_parser(subparsers)
+    evaluate.add_compare_parser(subparsers)
     return parser
 
 
@@ -39,11 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; by default the process's.
 
     Returns:
-        The exit status: 0, 2 for an error that was explained in one line, 130 after Ctrl-C.
+        The exit status: 0, 1 for a regression that `fastdiff eval compare` found, 2 for an error that was explained in
+        one line, 130 after Ctrl-C.
     """
-    options = build_parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:2] == ["eval", "compare"]:
+        words[:2] = ["eval-compare"]
+    options = build_parser().parse_args(words)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except FastDiffError as error:
         if options.debug:
             raise
@@ -52,4 +57,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastdiff: interrupted, nothing was written", file=sys.stderr)
         return INTERRUPTED
-    return 0

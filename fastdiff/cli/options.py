@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.errors import ConfigError, FastDiffError
+from fastdiff.errors import ConfigError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -101,28 +98,11 @@ def load_pipeline(options: argparse.Namespace, model: str, *, on_unsupported: st
     Raises:
         FastDiffError: as `FastDiffPipeline.from_pretrained` does.
     """
+    from fastdiff.pipelines.calling import load
+
     methods = chosen_methods(options)
     device = choose_device(options.device)
     return load(model, device, options.dtype, methods=methods, preset=options.preset, on_unsupported=on_unsupported)
-
-
-def load(model: str, device: str, dtype: str, **kwargs: Any) -> DiffusionPipeline:
-    """Load a pipeline; further arguments are those of `FastDiffPipeline.from_pretrained`."""
-    import torch
-
-    from fastdiff.pipelines import FastDiffPipeline
-
-    if dtype != "float32":  # the default, and naming it would draw a warning about the argument's own name
-        kwargs["torch_dtype"] = getattr(torch, dtype)
-    return FastDiffPipeline.from_pretrained(model, **kwargs).to(device)
-
-
-def call_parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
-    """The parameters of the wrapped pipeline's own call."""
-    from fastdiff.pipelines import FastDiffPipeline
-
-    own = next(cls for cls in type(pipe).__mro__ if "__call__" in vars(cls) and not issubclass(cls, FastDiffPipeline))
-    return dict(list(inspect.signature(own.__call__).parameters.items())[1:])
 
 
 def parse_value(text: str) -> Any:
@@ -154,16 +134,7 @@ def call(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> Any:
     Raises:
         ConfigError: if it refuses the arguments.
     """
+    from fastdiff.pipelines.calling import refusals_explained
+
     with refusals_explained(f"{type(pipe).__name__} refuses these arguments"):
         return pipe(**arguments)
-
-
-@contextmanager
-def refusals_explained(what: str) -> Iterator[None]:
-    """Within the block, an error about a value becomes a `ConfigError` that begins with ``what``."""
-    try:
-        yield
-    except FastDiffError:
-        raise
-    except (TypeError, ValueError, KeyError) as error:
-        raise ConfigError(f"{what}: {error}") from error

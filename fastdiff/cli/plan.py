@@ -60,7 +60,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run_show(options: argparse.Namespace) -> None:
     """Print the plan."""
-    from fastdiff.cli.output import OutputError
+    from fastdiff.output import OutputError
     from fastdiff.plan import ComputePlan
 
     if Path(options.model).is_file():
@@ -84,7 +84,7 @@ def run_show(options: argparse.Namespace) -> None:
 
 def run_save(options: argparse.Namespace) -> None:
     """Write the plan."""
-    from fastdiff.cli.output import OutputError
+    from fastdiff.output import OutputError
 
     plan = _plan_of_model(options)
     try:

@@ -12,9 +12,9 @@ from torch import nn
 import fastdiff
 from fastdiff.backbones.unet import is_unet
 from fastdiff.cli.contenders import Contender
-from fastdiff.cli.options import load, refusals_explained
 from fastdiff.cli.tasks import glyph_task
 from fastdiff.errors import UnsupportedPipelineError
+from fastdiff.pipelines.calling import load, refusals_explained
 from fastdiff.plan import ComputePlan
 from fastdiff.zoo.reader import GlyphReader
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastdiff.cli.options import call_parameters
 from fastdiff.errors import UnsupportedPipelineError
+from fastdiff.pipelines.calling import call_parameters
 from fastdiff.zoo.captions import caption_sequence
 from fastdiff.zoo.data import BOLD_DIGITS, CHARACTERS, Subset
 

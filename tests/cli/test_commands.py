@@ -14,8 +14,8 @@ from PIL import Image
 
 import fastdiff
 from fastdiff.cli import output
-from fastdiff.cli.output import OutputError, staged_folder
 from fastdiff.errors import FastDiffError
+from fastdiff.output import OutputError, staged_folder
 from fastdiff.plan import Action, ComputePlan
 
 from .conftest import Command
