@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+EVAL_VENV ?= .venv-eval
 # One version for everyone. A newer torch works too: make test TORCH_VERSION=...
 TORCH_VERSION ?= 2.13.0
 WORKERS ?= 2
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 SOURCES := pipelines uem kernels eval
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typing-tree
+.PHONY: help demo test test-eval lint typing-tree
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -24,6 +25,10 @@ demo: $(VENV)/.installed
 # One thread per worker: two workers with a thread pool each would fight for the cores.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(WORKERS) --dist worksteal $(ARGS)
+
+# What agrees with clean-fid and torch-fidelity: these need torchvision, which has CUDA builds only (about 6 GB).
+test-eval: $(EVAL_VENV)/.installed
+	OMP_NUM_THREADS=1 $(EVAL_VENV)/bin/python -m pytest -m "not gpu and not slow" -n $(WORKERS) tests/eval $(ARGS)
 
 lint: $(VENV)/.installed-dev typing-tree
 	$(BIN)/ruff check .
@@ -46,4 +51,11 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	$(BIN)/python -m pip install -e ".[dev]"
+	@touch $@
+
+# torchvision fits no CPU build of torch, so both are taken together.
+$(EVAL_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(EVAL_VENV)
+	$(EVAL_VENV)/bin/python -m pip install torch torchvision
+	$(EVAL_VENV)/bin/python -m pip install -e ".[dev,eval]"
 	@touch $@
