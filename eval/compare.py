@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdiff.eval.judging import CRITERIA, Z, standard_error
+from fastdiff.eval.judging import CRITERIA, REFERENCE_DIGEST, Z, standard_error
+from fastdiff.eval.results import name_of
 
 SPEED = "speedup"
 QUARTILES = 1.349
 """Quartiles of a normal distribution lie so many standard deviations apart."""
+OF_MEDIAN = 1.2533
+"""Standard error of a normal sample's median, in standard errors of its mean."""
+FEWEST_PAIRS = 3
+"""Pairs of times that say something of their own spread; speedups from fewer are not compared."""
+ALIKE = ("model", "num_inference_steps", "num_samples", "seeds", "dtype", "scheduler", "asked", "judged")
+"""What two results are to have in common, for their quality to compare."""
+MACHINE = ("processor", "device", "torch_threads", "torch", "diffusers")
+"""What their environments are to have in common, for their speed to compare."""
 
 
 @dataclass(frozen=True)
@@ -80,44 +89,60 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any], tolerance: floa
     """Compare two evaluations' results, as `fastdiff.eval.results.load_results` reads them."""
     old, new = _sampled(before), _sampled(after)
     found = [one for key in old if key in new for one in _differences(old[key], new[key], tolerance)]
-    told = ("model", "num_inference_steps", "num_samples", "seeds", "dtype", "scheduler", "asked", "judged")
-    unlike = [
-        f"{name}: {before.get(name)} before, {after.get(name)} after"
-        for name in told
-        if before.get(name) != after.get(name)
-    ]
+    unlike = [*_unlike(_comparable(before), _comparable(after), ALIKE)]
+    unlike += _unlike(before["environment"], after["environment"], MACHINE)
     return Comparison(
         [one for one in found if not one.is_noise],
-        [_label(point) for key, point in old.items() if key not in new],
-        [_label(point) for key, point in new.items() if key not in old],
+        [name_of(point) for key, point in old.items() if key not in new],
+        [name_of(point) for key, point in new.items() if key not in old],
         len(found),
         unlike,
     )
+
+
+def _comparable(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Results whose judge is told without what differs from machine to machine."""
+    judged = {name: value for name, value in data["judged"].items() if name != REFERENCE_DIGEST}
+    return {**data, "judged": judged}
+
+
+def _unlike(before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        if before.get(name) != after.get(name):
+            yield f"{name}: {before.get(name)} before, {after.get(name)} after"
 
 
 def _sampled(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {point["key"]: point for point in data["points"] if point["quality"]}
 
 
-def _label(point: Mapping[str, Any]) -> str:
-    return str(point["label"] or point["key"])
-
-
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float) -> Iterator[Difference]:
     for name, criterion in CRITERIA.items():
         if name in old["quality"] and name in new["quality"]:
             before, after = old["quality"][name], new["quality"][name]
-            error = math.hypot(*(standard_error(told) or 0.0 for told in (before, after)))
-            values = before["value"], after["value"], error
-            yield Difference(_label(old), criterion.title, *values, criterion.better, tolerance)
+            values = before["value"], after["value"], math.hypot(_noise(before), _noise(after))
+            yield Difference(name_of(old), criterion.title, *values, criterion.better, tolerance)
     if old["key"] == old["baseline"]:
         return
     for batch in old["timings"]:
         if batch in new["timings"]:
             before, after = (point["timings"][batch]["speedup"] for point in (old, new))
-            spreads = ((told["high"] - told["low"]) / QUARTILES / math.sqrt(told["pairs"]) for told in (before, after))
-            values = before["median"], after["median"], math.hypot(*spreads)
-            yield Difference(_label(old), f"{SPEED}, {batch} at a time", *values, 1, tolerance)
+            if min(before["pairs"], after["pairs"]) >= FEWEST_PAIRS:
+                values = before["median"], after["median"], math.hypot(_spread(before), _spread(after))
+                yield Difference(name_of(old), f"{SPEED}, {batch} at a time", *values, 1, tolerance)
+
+
+def _noise(told: Mapping[str, Any]) -> float:
+    """Standard error of a criterion; of a mean over subsets or splits, whose own is not known, their deviation."""
+    error = standard_error(told)
+    return float(told.get("spread") or 0.0) if error is None else error
+
+
+def _spread(speedup: Mapping[str, Any]) -> float:
+    """Standard error of a median of paired ratios; few pairs know their own quartiles badly, which widens it."""
+    pairs = speedup["pairs"]
+    widened = 1 + 2 / (pairs - 1)  # about Student's quantile over the normal one
+    return float(widened * OF_MEDIAN * (speedup["high"] - speedup["low"]) / QUARTILES / math.sqrt(pairs))
 
 
 def told(comparison: Comparison) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff.errors import ConfigError
-from fastdiff.eval.features import FeatureNet, extract
+from fastdiff.eval.features import FeatureNet, check_images, extract
 from fastdiff.eval.metrics import SetQuality, measure_set
 from fastdiff.eval.paired import PSNR_LIMIT, ClipScorer, Lpips, PerImage, measure_pairs
 from fastdiff.eval.quality import wilson_interval
@@ -19,6 +20,9 @@ from fastdiff.eval.sampling import Samples
 
 Z = 1.96
 """Standard errors in half a 95 % interval."""
+
+REFERENCE_DIGEST = "reference_digest"
+"""Stands for the content of a reference set where a judge is described; its name alone may not change with it."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Judge:
             "features": self._net.name,
             "reference": self._reference.name,
             "reference_samples": self._reference.statistics.count,
+            REFERENCE_DIGEST: _digest(self._reference.statistics.mean),
             **{name: part.name for name, part in extras.items() if part is not None},
             **self._said,
         }
@@ -123,6 +128,18 @@ class Judge:
         pairs = measure_pairs(samples.images, full.images, latents=latents, lpips=self._lpips)
         return self.score(samples.images) | {name: _per_image(metric) for name, metric in pairs.items()}
 
+    def check(self, images: np.ndarray) -> None:
+        """Refuse images that cannot be judged for their size.
+
+        Args:
+            images: uint8 of shape ``(n, height, width, 3)``.
+
+        Raises:
+            FastDiffError: if the reference's images, or those that the network takes, have another size.
+        """
+        self._reference.check_size(images)
+        check_images(images, self._net.image_size)
+
     def score(self, images: np.ndarray, *, reading: Reading | None = None) -> dict[str, Any]:
         """The criteria that need no full sampling, JSON-compatible.
 
@@ -130,7 +147,7 @@ class Judge:
             images: uint8 of shape ``(n, height, width, 3)``.
             reading: in place of this judge's own.
         """
-        self._reference.check_size(images)
+        self.check(images)
         quality = measure_set(extract(self._net, images), self._reference, self._net)
         criteria = _of_set(quality)
         if reading := reading or self._reading:
@@ -141,16 +158,24 @@ class Judge:
         return criteria
 
 
+def _digest(mean: np.ndarray) -> str:
+    """Of the mean features, rounded: the last bits differ from machine to machine."""
+    return hashlib.sha256(np.round(mean, 3).astype(np.float32).tobytes()).hexdigest()[:12]
+
+
 def _of_set(quality: SetQuality) -> dict[str, Any]:
-    fid = asdict(quality.fid)
-    criteria: dict[str, Any] = {"fid": fid}
+    # What is not there, and why, is kept beside what always is.
+    criteria: dict[str, Any] = {"fid": {**asdict(quality.fid), "absent": quality.absent}}
     if quality.kid is not None:
         criteria["kid"] = {"value": quality.kid.mean, "spread": quality.kid.std, **asdict(quality.kid)}
     if quality.inception_score is not None:
         score = quality.inception_score
         criteria["inception_score"] = {"value": score.mean, "spread": score.std, "splits": score.splits}
-    if quality.precision_recall is not None:
-        criteria |= {name: {"value": getattr(quality.precision_recall, name)} for name in ("precision", "recall")}
+    if (shares := quality.precision_recall) is not None:
+        for name, count in (("precision", quality.fid.samples), ("recall", quality.fid.reference_samples or 1)):
+            share = getattr(shares, name)
+            low, high = wilson_interval(round(share * count), count)
+            criteria[name] = {"value": share, "low": low, "high": high, "neighbours": shares.neighbours}
     return criteria
 
 
@@ -169,7 +194,7 @@ def _share(right: np.ndarray) -> dict[str, Any]:
 
 
 def standard_error(told: Mapping[str, Any]) -> float | None:
-    """Of a criterion's value; None if it is not known."""
+    """Of a criterion's value; None if it is not known, as of a distance that is a mean over subsets."""
     if told.get("resampled"):
         return float(np.std(told["resampled"], ddof=1))
     if len(told.get("values") or ()) > 1:
@@ -226,20 +251,33 @@ def pooled(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(parts) == 1:
         return dict(parts[0])
     names = [name for name in parts[0] if all(name in part for part in parts)]
-    return {name: _pooled([part[name] for part in parts]) for name in names}
+    return {name: {**_pooled(name, [part[name] for part in parts]), "sets": len(parts)} for name in names}
 
 
-def _pooled(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    told: dict[str, Any] = {**parts[0], "value": float(np.mean([part["value"] for part in parts])), "sets": len(parts)}
+def _pooled(name: str, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if name == "read":
+        return _share(np.array([value for part in parts for value in part["values"]], dtype=bool))
+    told: dict[str, Any] = {**parts[0], "value": float(np.mean([part["value"] for part in parts]))}
     if parts[0].get("resampled"):
         told["resampled"] = np.mean([part["resampled"] for part in parts], axis=0).tolist()
     if parts[0].get("values"):
         told["values"] = [value for part in parts for value in part["values"]]
+        told["worst"] = (min if told["higher_is_better"] else max)(part["worst"] for part in parts)
     if "spread" in told:
         told["spread"] = float(np.mean([part["spread"] for part in parts]))
-    if "low" in told and (error := standard_error({**told, "low": None})) is not None:
-        told |= {"low": told["value"] - Z * error, "high": told["value"] + Z * error}
+    if "low" in told:
+        half = Z * _pooled_error(told, parts)
+        told |= {"low": told["value"] - half, "high": told["value"] + half}
+        if parts[0]["low"] >= 0:  # distances and shares have no negative ones
+            told["low"] = max(0.0, told["low"])
     return told
+
+
+def _pooled_error(told: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> float:
+    """Standard error of a mean over sets: from the pooled details, or where there are none from each set's error."""
+    if told.get("resampled") or told.get("values"):
+        return standard_error(told) or 0.0
+    return math.hypot(*(standard_error(part) or 0.0 for part in parts)) / len(parts)
 
 
 def is_equal_to_full(told: Mapping[str, Any]) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -16,7 +18,7 @@ from fastdiff.errors import ConfigError
 from fastdiff.eval.judging import CRITERIA, change, pooled, verdict
 from fastdiff.eval.points import Point, Timing, read_points
 from fastdiff.eval.store import Store
-from fastdiff.eval.ways import BASELINE, FEWER_STEPS
+from fastdiff.eval.ways import BASELINE, FEWER_STEPS, MAIN
 
 SCHEMA_VERSION = 1
 KINDS = ("baseline", "fastdiff", "peer", "steps")
@@ -89,27 +91,56 @@ class Results:
         }
 
 
-def collect(stores: Sequence[Store], header: Mapping[str, Any]) -> Results:
+def collect(
+    stores: Sequence[Store],
+    header: Mapping[str, Any],
+    *,
+    keys: Collection[str] | None = None,
+    batch: int | None = None,
+) -> Results:
     """Read what one sweep for each set of seeds left; the first was timed.
 
     Args:
         stores: the sweeps' folders.
         header: what is to be said of all rows.
+        keys: of the ways that are wanted; None for all that the folders hold.
+        batch: images at a time in the timing that speedups are told from first; None for the largest.
 
     Raises:
         StoreError: if a folder holds no sweep.
     """
-    first, *others = [{point.key: point for point in read_points(store)} for store in stores]
-    points = [_over_sets([point, *(more[key] for more in others if key in more)]) for key, point in first.items()]
+    sets = [{point.key: point for point in read_points(store)} for store in stores]
+    wanted = [key for key in sets[0] if keys is None or key in keys]
+    points = [_over_sets([found[key] for found in sets if key in found], len(sets)) for key in wanted]
     timed = stores[0].timed_batches
-    results = Results(header, points, max(timed, default=None))
+    results = Results(header, points, batch if batch in timed else max(timed, default=None))
     return replace(results, points=sorted(points, key=lambda point: _place(results, point)))
 
 
-def _over_sets(points: Sequence[Point]) -> Point:
-    """One point of several that differ in their seeds only."""
-    qualities = [point.quality for point in points if point.quality is not None]
-    return replace(points[0], quality=pooled(qualities) if qualities else None)
+def _over_sets(points: Sequence[Point], sets: int) -> Point:
+    """One point of those that differ in their seeds only; it has images only if every set of seeds has."""
+    errors = [_without_folders(point.error) for point in points if point.error is not None]
+    qualities = [_finite(point.quality) for point in points if point.quality is not None]
+    complete = len(qualities) == sets and not errors
+    return replace(
+        points[0],
+        quality=pooled(qualities) if complete else None,
+        notes=list(dict.fromkeys(note for point in points for note in point.notes)),
+        error=errors[0] if errors else None,
+    )
+
+
+def _finite(quality: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the criteria whose value was not finite."""
+    return {name: told for name, told in quality.items() if told.get("value") is not None}
+
+
+_FOLDERS = re.compile(r"(?<![\w:/.])(?:/|[A-Za-z]:\\)(?:[^\s/\\'\"]+[/\\])+(?=[^\s/\\'\"])")
+
+
+def _without_folders(error: Mapping[str, str]) -> dict[str, str]:
+    """An error without the folders in its message: results are published, and say nothing of a user's disk."""
+    return {**error, "message": _FOLDERS.sub("", error["message"])}
 
 
 def kind_of(point: Point) -> str:
@@ -123,14 +154,27 @@ def kind_of(point: Point) -> str:
 
 def group_of(point: Point) -> str:
     """What the rows that a point stands with have in common, for a person."""
-    name: str = point.way["group"]
+    name, model = point.way["group"], point.way["model"]
     titles = {BASELINE: "Full sampling", FEWER_STEPS: "Fewer steps"}
-    return titles.get(name, name.replace("-", " ").capitalize() if kind_of(point) == "fastdiff" else name)
+    title: str = titles.get(name, name.replace("-", " ").capitalize() if kind_of(point) == "fastdiff" else name)
+    return title if model == MAIN else f"{title}, {model}"
+
+
+def name_of(way: Mapping[str, Any]) -> str:
+    """A row's name where its group does not stand beside it.
+
+    Args:
+        way: what ``way.json`` says of it, or a point of ``results.json``.
+    """
+    label, group = way["label"] or way["spec"], way["group"]
+    name = label if way["plain"] or label.startswith(group) else f"{group}: {label}"
+    return name if way["model"] == MAIN else f"{way['model']}: {name}"
 
 
 def _place(results: Results, point: Point) -> tuple[Any, ...]:
     """Baselines first, then groups by kind, each from slow to fast; what could not be sampled ends its group."""
-    return KINDS.index(kind_of(point)), point.way["group"], results.speedup(point) or float("inf"), point.key
+    kind, way = KINDS.index(kind_of(point)), point.way
+    return kind, way["group"], way["model"] != MAIN, way["model"], results.speedup(point) or float("inf"), point.key
 
 
 # -- where the numbers come from ---------------------------------------------------------------------------------------
@@ -138,7 +182,7 @@ def _place(results: Results, point: Point) -> tuple[Any, ...]:
 
 def provenance(command: Sequence[str]) -> dict[str, Any]:
     """When, by which command and with which commit of fastdiff an evaluation was made."""
-    return {"date": date.today().isoformat(), "command": " ".join(command), "commit": _commit()}
+    return {"date": date.today().isoformat(), "command": shlex.join(command), "commit": _commit()}
 
 
 def _commit() -> str | None:

@@ -30,6 +30,10 @@ THUMBNAIL = 96
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#b0508a", "#8c6d1f", "#56b4e9", "#5b4bb5", "#7f9c1f")
 MARKERS = "o^sDvP*X<>"
 FADED = 0.3
+LABEL = 40
+"""Characters of a label in a picture, at most."""
+LABEL_PLACES = [(x, y) for y in (5, -5, 14, -14, 24, -24, 36, -36) for x in (5, -5, 0)]
+"""Where a label may stand beside its point, in points of type, the best place first."""
 
 
 # -- quality against speedup -------------------------------------------------------------------------------------------
@@ -47,16 +51,12 @@ def draw_trade_off(results: Results, criterion: str) -> Figure:
     shown = [point for point in results.measured if is_drawn(results, point, criterion)]
     styles = _styles(shown)
     for group, (color, marker, line) in styles.items():
-        members = sorted((p for p in shown if _group(p) == group), key=lambda point: results.speedup(point) or 0.0)
-        places = [(results.speedup(point), _value(point, criterion)) for point in members]
+        members = sorted((p for p in shown if group_of(p) == group), key=lambda point: results.speedup(point) or 0.0)
+        places = [_place(results, point, criterion) for point in members]
         axes.plot(*zip(*places, strict=True), line, color=color, linewidth=1, alpha=0.5)
         axes.plot([], [], marker, color=color, linestyle=line, linewidth=1, label=group)
         for point in members:
             _draw_point(axes, results, point, criterion, color, marker, point.key in dominated)
-    for point in shown:
-        if point.key not in dominated:
-            place = results.speedup(point) or 0.0, _value(point, criterion)
-            axes.annotate(name_of(point), place, (5, 5), textcoords="offset points", fontsize="x-small")
     _draw_floor(axes, results, criterion)
     axes.set_xlabel("speedup over full sampling (wall clock, median of pairs; quartiles)")
     word = "higher" if CRITERIA[criterion].better > 0 else "lower"
@@ -65,7 +65,42 @@ def draw_trade_off(results: Results, criterion: str) -> Figure:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    front = [point for point in shown if point.key not in dominated]
+    labels = [(texts.shortened(name_of(point), LABEL), _place(results, point, criterion)) for point in front]
+    _label(figure, axes, labels, [_place(results, point, criterion) for point in shown])
     return figure
+
+
+def _place(results: Results, point: Point, criterion: str) -> tuple[float, float]:
+    return results.speedup(point) or 0.0, _value(point, criterion)
+
+
+def _label(
+    figure: Figure,
+    axes: Axes,
+    labels: Sequence[tuple[str, tuple[float, float]]],
+    taken: Sequence[tuple[float, float]],
+) -> None:
+    """Write labels beside points where they cover neither points nor each other; one without room is left out."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # settles the layout, on which distances depend
+    axes.set_autoscale_on(False)
+    frame = axes.get_window_extent()
+    points = axes.transData.transform(taken)
+    used = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
+    for name, place in labels:
+        for x, y in LABEL_PLACES:
+            text = axes.annotate(
+                name, place, (x, y), textcoords="offset points", fontsize="x-small",
+                ha="left" if x > 0 else "right" if x < 0 else "center", va="bottom" if y > 0 else "top",
+            )  # fmt: skip
+            box = text.get_window_extent()
+            if box.count_overlaps(used) or not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0):
+                text.remove()
+                continue
+            used.append(box)
+            break
 
 
 def is_drawn(results: Results, point: Point, criterion: str) -> bool:
@@ -79,7 +114,7 @@ def is_drawn(results: Results, point: Point, criterion: str) -> bool:
 def _styles(points: Sequence[Point]) -> dict[str, tuple[str, str, str]]:
     """Color, marker and line of each group; markers and lines differ too, for eyes and printers that see no color."""
     lines = {"baseline": "-", "fastdiff": "-", "peer": ":", "steps": "--"}
-    groups = list(dict.fromkeys((_group(point), kind_of(point)) for point in points))
+    groups = list(dict.fromkeys((group_of(point), kind_of(point)) for point in points))
     grey = {"baseline": ("#000000", "s"), "steps": ("#666666", "p")}
     styles, used = {}, 0
     for group, kind in groups:
@@ -87,10 +122,6 @@ def _styles(points: Sequence[Point]) -> dict[str, tuple[str, str, str]]:
         used += kind not in grey
         styles[group] = (color, marker, lines[kind])
     return styles
-
-
-def _group(point: Point) -> str:
-    return group_of(point)
 
 
 def _value(point: Point, criterion: str) -> float:
@@ -124,6 +155,9 @@ def _draw_floor(axes: Axes, results: Results, criterion: str) -> None:
     if floor is None:
         return
     value = CRITERIA[criterion].scale * floor["value"]
+    low, high = axes.get_ylim()
+    if not low - (high - low) <= value <= high + (high - low):  # far away, it would only press the points together
+        return
     axes.axhline(value, color="#00674c", linewidth=1)
     axes.annotate(
         "perfect samples", (1, value), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
@@ -182,7 +216,8 @@ def draw_samples(results: Results, images: Mapping[str, np.ndarray]) -> Figure:
     figure, axes = pyplot.subplots(figsize=(5 + width / scale, 0.3 + canvas.shape[0] / scale), layout="constrained")
     axes.imshow(canvas, interpolation="nearest")
     labels = [
-        f"{name_of(point)}  {texts.median(t.speedup if (t := results.timing(point)) else None)}" for point in points
+        f"{texts.shortened(name_of(point), LABEL)}  {texts.median(t.speedup if (t := results.timing(point)) else None)}"
+        for point in points
     ]
     axes.set_yticks([index * step + height / 2 for index in range(len(points))], labels)
     axes.set_xticks([])

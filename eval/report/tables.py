@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from fastdiff.eval.judging import CRITERIA, change, standard_error
+from fastdiff.eval import results as rows
+from fastdiff.eval.judging import CRITERIA, change, is_equal_to_full, standard_error
 from fastdiff.eval.points import Point
 from fastdiff.eval.provenance import describe_machine
 from fastdiff.eval.report import texts
@@ -24,7 +27,7 @@ def as_markdown(results: Results) -> str:
         head += ["plain in the same time", *(f"{CRITERIA[name].title} against it" for name in deciding), "verdict"]
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     for point in results.measured:
-        cells = [name_of(point)]
+        cells = [_escaped(name_of(point))]
         if batch:
             cells.append(texts.ratio(timing.speedup if (timing := results.timing(point)) else None))
         if batch and single:
@@ -36,6 +39,11 @@ def as_markdown(results: Results) -> str:
     return "\n".join([*lines, "", *_unable(results), *(f"{note}\n" for note in notes(results))])
 
 
+def _escaped(text: str) -> str:
+    """Text that Markdown leaves as it is, also in a table."""
+    return re.sub(r"([|*_`\[\]<])", r"\\\1", texts.line(text))
+
+
 def title(name: str) -> str:
     """A criterion in a table's head."""
     criterion = CRITERIA[name]
@@ -43,10 +51,8 @@ def title(name: str) -> str:
 
 
 def name_of(point: Point) -> str:
-    """A row's name: its label, and its group's where the label does not say."""
-    label, group = point.way["label"] or point.key, point.way["group"]
-    said = label.startswith(group) or kind_of(point) in ("baseline", "steps")
-    return label if said else f"{group}: {label}"
+    """A row's name: its label, with its group's and its copy's where these do not say the same."""
+    return rows.name_of(point.way)
 
 
 def deciding_criteria(results: Results) -> list[str]:
@@ -65,18 +71,23 @@ def _against(results: Results, point: Point, criteria: list[str]) -> list[str]:
     if match is None:
         return [""] * (len(criteria) + 2)
     differences = [
-        texts.difference(name, change(ours[name], others[name]), ours[name]) if name in ours and name in others else ""
-        for name in criteria
+        _difference(name, ours[name], others[name]) if name in ours and name in others else "" for name in criteria
     ]
     speedup = texts.median(timing.speedup if (timing := results.timing(match)) else None)
     return [f"{match.way['num_inference_steps']} steps, {speedup}", *differences, results.verdict(point) or ""]
+
+
+def _difference(name: str, ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    if name == "psnr" and is_equal_to_full(other):  # no number: it compares with full sampling itself
+        return "equal" if is_equal_to_full(ours) else texts.NOTHING
+    return texts.difference(name, change(ours, other), ours)
 
 
 def _unable(results: Results) -> list[str]:
     unable = [point for point in results.points if point.error is not None]
     if not unable:
         return []
-    lines = [f"- {name_of(point)}: {point.error['message']}" for point in unable if point.error]
+    lines = [f"- {_escaped(name_of(point))}: {texts.line(point.error['message'])}" for point in unable if point.error]
     return ["Could not be sampled:", "", *lines, ""]
 
 
@@ -87,14 +98,15 @@ def notes(results: Results) -> list[str]:
     seeds = ", ".join(f"{first} to {first + samples - 1}" for first in sets)
     told = [
         f"{header['model']}, {header['num_inference_steps']} steps unless said otherwise, {header['scheduler']}, "
-        f"{header['asked']}, {header['dtype']}, {samples} samples of each row from seeds {seeds}. "
+        f"{header['asked']}, {header['dtype']}, {samples} samples of each row from seeds {seeds}"
+        f"{' each; distances are the mean over these sets' if len(sets) > 1 else ''}. "
         f"{describe_machine(header['environment'])}."
     ]
     if results.batch:
-        pairs = max(timing.speedup.pairs for point in results.points if (timing := results.timing(point)))
+        pairs = {timing.speedup.pairs for point in results.points if (timing := results.timing(point))}
         told.append(
             "Speedup: wall clock of whole pipeline calls against full sampling with the same weights, median of "
-            f"{pairs} pairs (quartiles). All rows take turns, so that a pair saw the same machine."
+            f"{min(pairs)} pairs (quartiles). All rows take turns, so that a pair saw the same machine."
         )
     told.append(
         "MACs: multiply-accumulates of the denoiser, counted, as a share of full sampling's "
@@ -128,6 +140,9 @@ def _criteria_notes(results: Results) -> list[str]:
             "To full: against full sampling's image of the same seed. It says how much a method changes the samples, "
             "not how good they are."
         )
+    judged_points = (point.quality for point in results.measured if point.quality and "fid" in point.quality)
+    absent = next((quality["fid"].get("absent") for quality in judged_points), None) or {}
+    told += [f"Not measured: {name.replace('_', ' ')}: {reason}" for name, reason in absent.items()]
     return told
 
 

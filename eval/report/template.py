@@ -10,24 +10,27 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 78rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 p, li { max-width: 48rem; } p.soft, .soft { color: var(--soft); } .soft { font-size: .9rem; }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; }
 .lead { font-size: 1.05rem; max-width: none; }
 .scroll { overflow-x: auto; padding: 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .45rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
+th, td { padding: .45rem .55rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
 thead th { border-top: 0; font-weight: 600; vertical-align: bottom; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); white-space: normal;
-  min-width: 10.5rem; font-weight: 500; }
+  min-width: 13rem; font-weight: 500; overflow-wrap: anywhere; z-index: 1; }
 tr.group th { color: var(--soft); font-size: .8rem; letter-spacing: .04em; text-transform: uppercase;
   padding-top: 1rem; }
-.unit { display: block; font-weight: 400; color: var(--soft); font-size: .8rem; }
+.unit { display: block; font-weight: 400; color: var(--soft); font-size: .8rem; white-space: normal;
+  min-width: 4.6rem; }
 .bar { background: linear-gradient(var(--bar), var(--bar)) no-repeat left / var(--share) 100%; }
 .range { color: var(--soft); font-size: .82rem; }
 .warn { color: var(--warn); font-weight: 400; font-size: .82rem; display: block; }
-td.why { text-align: left; white-space: normal; color: var(--soft); font-size: .85rem; }
+.why { text-align: left; color: var(--soft); font-size: .85rem; }
+.why span { position: sticky; left: 14rem; display: inline-block; white-space: normal; max-width: min(42rem, 48vw);
+  overflow-wrap: anywhere; }
 .verdict { font-size: .82rem; color: var(--soft); } .verdict.better { color: var(--good); }
 .verdict.worse, .verdict.mixed { color: var(--warn); }
 .strips { display: grid; grid-template-columns: minmax(8rem, 17rem) 1fr; gap: .5rem 1rem; align-items: center; }
@@ -35,7 +38,8 @@ td.why { text-align: left; white-space: normal; color: var(--soft); font-size: .
 .strips img { width: 100%; image-rendering: pixelated; display: block; }
 .strips .rule { grid-column: 1 / -1; border-top: 1px solid var(--line); }
 .strips .axis { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; text-align: center; }
-.picture { max-width: 48rem; background: #fff; border-radius: .6rem; border: 1px solid var(--line); overflow: hidden; }
+.picture { max-width: 48rem; margin-bottom: 1rem;
+  background: #fff; border-radius: .6rem; border: 1px solid var(--line); overflow: hidden; }
 .picture img { width: 100%; display: block; }
 .plans { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { margin-bottom: .4rem; font-size: .92rem; }
@@ -45,7 +49,9 @@ details code { display: block; margin: .2rem 0 .8rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 40rem) { .strips { grid-template-columns: 1fr; gap: .2rem; } .strips .rule { margin: .4rem 0; }
-  .strips .empty { display: none; } th:first-child { min-width: 8.5rem; } main { padding: 1rem .6rem 3rem; }
+  .strips .empty { display: none; } th:first-child { min-width: 8.5rem; }
+  .why span { left: 9rem; } .wide { overflow-x: auto; } .wide img { min-width: 40rem; }
+  main { padding: 1rem .6rem 3rem; }
   .card { padding: .7rem; } .scroll { padding: 0; } }
 """
 
@@ -70,7 +76,7 @@ TEMPLATE = (
 <p class="soft">{{ shown }} images of each row, evenly spaced, good or bad. A column has one seed and one request: what
 differs within it is the method's doing.</p>
 <div class="card strips">
-{% for group, points in groups %}
+{% for group, points in groups if points|selectattr("quality")|list %}
 <div class="rule"></div>
 {% for point in points if point.quality %}
 <div>{{ point|name }} <span class="soft">{{ results.timing(point)|speedup }}</span></div>
@@ -98,10 +104,10 @@ differs within it is the method's doing.</p>
 <tr class="group"><th>{{ group }}</th><td colspan="{{ columns }}"></td></tr>
 {% for point in points %}
 <tr>
-<th scope="row">{{ point.way.label or point.key }}
+<th scope="row">{{ point.way.label or point.way.spec }}
 {%- for note in point.notes %}<span class="warn">{{ note }}</span>{% endfor %}</th>
 {% if not point.quality %}
-<td colspan="{{ columns }}" class="why">{{ point.error.message if point.error else "not sampled" }}</td>
+<td colspan="{{ columns }}" class="why"><span>{{ point.error.message if point.error else "not sampled" }}</span></td>
 {% else %}
 {% set timing = results.timing(point) %}
 {% if results.batch %}
@@ -144,7 +150,7 @@ differs within it is the method's doing.</p>
 packages, and what another point beats in both is faded. A method is worth having where it lies on the good side of the
 dashed line.</p>
 {% for name in plots %}
-<div class="picture"><img src="{{ pictures["trade-off-" ~ name] }}"
+<div class="picture wide"><img src="{{ pictures["trade-off-" ~ name] }}"
 alt="{{ catalogue[name].title }} against speedup"></div>
 {% endfor %}
 {% endif %}

@@ -10,6 +10,8 @@ from fastdiff.eval.judging import CRITERIA, Z, is_equal_to_full, standard_error
 from fastdiff.eval.speed import Ratio
 
 NOTHING = "–"
+SHARES = ("read", "precision", "recall")
+"""Criteria that come with an interval of a share."""
 
 
 def ratio(value: Ratio | None) -> str:
@@ -38,33 +40,39 @@ def value(name: str, told: Mapping[str, Any] | None) -> tuple[str, str]:
     if name == "psnr" and is_equal_to_full(told):
         return "equal", ""
     scale, digits = CRITERIA[name].scale, decimals(name, told)
-    text = _digits(scale * told["value"], digits)
-    if name == "read":  # next to 0 and 1 the interval is not symmetric
+    text = number(scale * told["value"], digits)
+    if name in SHARES:  # next to 0 and 1 the interval is not symmetric
         return text, f"{scale * told['low']:.0f}–{scale * told['high']:.0f}"
     if "spread" in told:
-        return text, f"sd {_digits(scale * told['spread'], digits)}"
+        return text, f"sd {number(scale * told['spread'], digits)}"
     error = standard_error(told)
-    return text, "" if error is None else f"± {scale * Z * error:.{digits}f}"
+    return text, "" if error is None else f"± {number(scale * Z * error, digits)}"
 
 
 def decimals(name: str, told: Mapping[str, Any]) -> int | None:
-    """How many digits after the point a criterion is shown with; None for three digits in all."""
+    """How many digits after the point a criterion is shown with: two of the interval or spread count.
+
+    None for three digits in all, where neither is known.
+    """
     fixed, error = CRITERIA[name].decimals, standard_error(told)
-    if fixed is not None or error is None:
+    noise = told.get("spread") if error is None else Z * error
+    if fixed is not None or noise is None:
         return fixed
-    return 2 if Z * error < 1 else 1 if Z * error < 10 else 0
+    noise *= CRITERIA[name].scale
+    return 2 if noise == 0 else min(6, max(0, 1 - math.floor(math.log10(noise))))
 
 
-def _digits(number: float, decimals: int | None) -> str:
-    return f"{number:.3g}" if decimals is None else f"{number:.{decimals}f}"
+def number(value: float, decimals: int | None) -> str:
+    """A number with some digits after the point, or None for three in all."""
+    return f"{value:.3g}" if decimals is None else f"{value:.{decimals}f}"
 
 
 def difference(name: str, change: tuple[float, float | None], told: Mapping[str, Any]) -> str:
     """A difference in a criterion, with half its 95 % interval, in the digits of the value it belongs to."""
     scale, digits = CRITERIA[name].scale, decimals(name, told)
-    text = f"{'−' if change[0] < 0 else '+'}{_digits(abs(scale * change[0]), digits)}"
-    error = change[1]
-    return text if error is None else f"{text} ± {_digits(scale * Z * error, digits)}"
+    size, error = number(abs(scale * change[0]), digits), change[1]
+    sign = "" if not float(size) else "−" if change[0] < 0 else "+"
+    return f"{sign}{size}" if error is None else f"{sign}{size} ± {number(scale * Z * error, digits)}"
 
 
 def seconds(taken: float) -> str:
@@ -80,3 +88,16 @@ def macs(count: float | None) -> str:
         return NOTHING
     power = min(5, int(math.log10(count)) // 3)
     return f"{count / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P')[power]}MAC"
+
+
+def line(text: str) -> str:
+    """Text of several lines in one."""
+    return " ".join(text.split())
+
+
+def shortened(text: str, length: int) -> str:
+    """Text with something left out before its end where it is too long: settings are told apart by both ends."""
+    if len(text) <= length:
+        return text
+    end = length // 3
+    return f"{text[: length - 1 - end]}…{text[-end:]}"

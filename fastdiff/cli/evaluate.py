@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdiff.cli.options import DTYPES, choose_device, new_parser, parse_arguments
+from fastdiff.cli.options import DTYPES, FAILURE, choose_device, new_parser, parse_arguments
 from fastdiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,16 +28,21 @@ EXAMPLES = (
     "fastdiff eval zoo:glyphs-dit --method exit-schedule:d-min=4..12,full=14 --baseline steps:10",
     "fastdiff eval my/model --prompts prompts.txt --reference coco-images --features clean-inception --clip",
     "fastdiff eval --config sweep.yaml --num-samples 5000 --seeds 0 10000 20000",
-    "accelerate launch --num_processes 2 -m fastdiff.eval zoo:glyphs-sd --method preset:fast",
-    "fastdiff eval compare before/results.json after/results.json --tolerance 0.02",
 )
+
+
+PAIRS = ("copies", "arguments", "feature_weights")
+"""What is given as NAME=VALUE; a file may have a mapping there."""
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = new_parser(subparsers, "eval", PURPOSE, EXAMPLES)
     add_options(parser)
-    parser.set_defaults(run=lambda options: run(options, parser))
+    parser.set_defaults(
+        run=lambda options: run(options, parser),
+        interrupted="what is finished is kept: the same command goes on",
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -125,21 +131,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     running.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32)")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Evaluate and print the table."""
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Evaluate and print the table; returns the exit status."""
     from diffusers.utils.logging import disable_progress_bar
 
+    from fastdiff.eval.processes import OtherProcessError
     from fastdiff.eval.report.headline import headline
     from fastdiff.eval.report.tables import as_markdown
 
     evaluation = build(options, parser)
     disable_progress_bar()  # diffusers' own, for every model it loads
-    results = evaluation.run()
-    if results is None:
-        return
-    print(as_markdown(results))
-    print(headline(results))
-    print(f"Open {Path(evaluation.out) / 'report.html'}")
+    try:
+        results = evaluation.run(options.command)
+    except OtherProcessError:
+        return FAILURE  # which that process explains
+    if results is not None:
+        print(as_markdown(results))
+        print(headline(results))
+        print(f"Open {Path(evaluation.out) / 'report.html'}")
+    return 0
 
 
 def build(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Evaluation:
@@ -162,6 +172,7 @@ def build(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Evalu
         "feature_weights": _weights(given.get("feature_weights", [])),
         "device": choose_device(given.get("device")),
         "reader": None if reader == "none" else reader,
+        "trusted": "features" in vars(options),  # a file is not to choose what is imported
     }
     names = {field.name for field in fields(Evaluation)}
     return Evaluation(**{name: value for name, value in given.items() if name in names})
@@ -195,14 +206,15 @@ def read_config(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
         raise ConfigError(f"--config names a YAML file of options; {path} is none: {error}") from error
     if not isinstance(read, Mapping):
         raise ConfigError(f"{path} holds a {type(read).__name__}; expected options by their long names.")
-    actions = {name: action for action in parser._actions for name in _names(action)}
+    fixed = ("help", "config", "debug")
+    actions = {name: action for action in parser._actions if action.dest not in fixed for name in _names(action)}
     given: dict[str, Any] = {}
     for name, value in read.items():
         action = actions.get(str(name).replace("_", "-"))
-        if action is None or action.dest in ("help", "config", "debug"):
+        if action is None:
             raise ConfigError(f"{path}: there is no option {name!r}; there are {', '.join(sorted(actions))}.")
-        given[action.dest] = _value(action, name, value, path)
-    features = given.get("features") or ""
+        given[action.dest] = _value(action, str(name), value, path)
+    features = given.get("features", "")
     if ":" in features and not features.startswith("inception:"):
         raise ConfigError(
             f"{path}: features {features!r} would import code; only the command line may ask for that (--features)."
@@ -218,13 +230,16 @@ def _value(action: argparse.Action, name: str, value: Any, path: str) -> Any:
     """A value from a file as the parser would have made it."""
     many = isinstance(action, argparse._AppendAction) or action.nargs == "+"
     values = value if isinstance(value, list) else [value]
-    if isinstance(value, Mapping):  # of NAME=VALUE
-        values = [f"{key}={item}" for key, item in value.items()]
+    if isinstance(value, Mapping) and action.dest in PAIRS:
+        written = json.dumps if action.dest == "arguments" else str
+        values = [f"{key}={written(item)}" for key, item in value.items()]
     kind: Any = bool if action.nargs == 0 else action.type or str
     allowed = {float: (int, float), str: (str, int, float)}.get(kind, (kind,))
     for item in values:
         if not isinstance(item, allowed) or (isinstance(item, bool) and kind is not bool):
             raise ConfigError(f"{path}: {name} takes {getattr(kind, '__name__', kind)}, got {item!r}.")
+        if action.choices is not None and item not in action.choices:
+            raise ConfigError(f"{path}: {name} is one of {', '.join(action.choices)}; got {item!r}.")
     if not many and len(values) != 1:
         raise ConfigError(f"{path}: {name} takes one value, got {value!r}.")
     made = [item if kind is bool else kind(item) for item in values]

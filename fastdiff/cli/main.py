@@ -5,28 +5,40 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import fastdiff
 from fastdiff.cli import demo, evaluate, generate, info, plan
-from fastdiff.cli.options import HelpFormatter, examples
+from fastdiff.cli.options import FAILURE, HelpFormatter, examples
 from fastdiff.errors import FastDiffError
 
-FAILURE = 2
 INTERRUPTED = 130
 SUBCOMMANDS = (demo, evaluate, generate, plan, info)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Knows ``eval compare``, which argparse cannot tell from ``eval`` with a model of that name."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        if words[:2] == ["eval", "compare"]:
+            words[:2] = ["eval-compare"]
+        return super().parse_known_args(words, namespace)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastdiff",
         description="Makes diffusers pipelines sample faster by skipping work, and measures what that costs.",
         epilog=examples("fastdiff demo", "fastdiff info", "fastdiff generate --help"),
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fastdiff {fastdiff.__version__}")
-    parser.set_defaults(debug=False)
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.set_defaults(debug=False, interrupted="nothing was written")
+    subparsers = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
+    )
     for subcommand in SUBCOMMANDS:
         subcommand.add_parser(subparsers)
     evaluate.add_compare_parser(subparsers)
@@ -44,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one line, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:2] == ["eval", "compare"]:
-        words[:2] = ["eval-compare"]
     options = build_parser().parse_args(words)
+    options.command = ["fastdiff", *words]
     try:
         return options.run(options) or 0
     except FastDiffError as error:
@@ -55,5 +66,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILURE
     except KeyboardInterrupt:
-        print("fastdiff: interrupted, nothing was written", file=sys.stderr)
+        print(f"fastdiff: interrupted, {options.interrupted}", file=sys.stderr)
         return INTERRUPTED

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fastdiff.methods import Method
 
 EXAMPLES = "examples:"
+FAILURE = 2
+"""Exit status of an error that was explained in one line."""
 DTYPES = ("float32", "float16", "bfloat16")
 
 METHOD_HELP = (
