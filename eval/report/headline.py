@@ -22,8 +22,8 @@ WORDS = {
 def headline(results: Results) -> str:
     """A few sentences: how fastdiff and others do against fewer steps, and who does best."""
     sentences = [
-        *_against_fewer_steps(results, "fastdiff", "settings of fastdiff's"),
-        *_against_fewer_steps(results, "peer", "settings of other packages"),
+        *_against_fewer_steps(results, "fastdiff", "fastdiff's"),
+        *_against_fewer_steps(results, "peer", "other packages"),
         *filter(None, (_front(results, name) for name in deciding_criteria(results)[:2])),
     ]
     if not sentences:
@@ -40,7 +40,8 @@ def _against_fewer_steps(results: Results, kind: str, what: str) -> list[str]:
     counts = {word: verdicts[name] for name, word in WORDS.items() if verdicts[name]}
     told = [f"{count} {'is' if count == 1 else 'are'} {word}" for word, count in counts.items()]
     count = sum(verdicts.values())
-    return [f"Of {count} {what}, against plain sampling that takes the same time, {_listed(told)}."]
+    settings = f"setting{'' if count == 1 else 's'} of {what}"
+    return [f"Of {count} {settings}, against plain sampling that takes the same time, {_listed(told)}."]
 
 
 def _front(results: Results, criterion: str) -> str:

@@ -51,6 +51,7 @@ def render(results: Results, images: Mapping[str, np.ndarray], pictures: Mapping
         facts={**environment_told, "commit": results.header["commit"], "date": results.header["date"]},
         groups=[(group, list(points)) for group, points in groupby(results.points, key=group_of)],
         criteria=criteria,
+        floor=results.header.get("floor"),
         catalogue=CRITERIA,
         columns=timed + 1 + len(criteria) + matched,
         matched=matched,

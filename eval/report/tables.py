@@ -27,7 +27,7 @@ def as_markdown(results: Results) -> str:
         head += ["plain in the same time", *(f"{CRITERIA[name].title} against it" for name in deciding), "verdict"]
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     for point in results.measured:
-        cells = [_escaped(name_of(point))]
+        cells = [escaped(name_of(point))]
         if batch:
             cells.append(texts.ratio(timing.speedup if (timing := results.timing(point)) else None))
         if batch and single:
@@ -39,7 +39,7 @@ def as_markdown(results: Results) -> str:
     return "\n".join([*lines, "", *_unable(results), *(f"{note}\n" for note in notes(results))])
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text that Markdown leaves as it is, also in a table."""
     return re.sub(r"([|*_`\[\]<])", r"\\\1", texts.line(text))
 
@@ -87,7 +87,7 @@ def _unable(results: Results) -> list[str]:
     unable = [point for point in results.points if point.error is not None]
     if not unable:
         return []
-    lines = [f"- {_escaped(name_of(point))}: {texts.line(point.error['message'])}" for point in unable if point.error]
+    lines = [f"- {escaped(name_of(point))}: {texts.line(point.error['message'])}" for point in unable if point.error]
     return ["Could not be sampled:", "", *lines, ""]
 
 

@@ -131,12 +131,12 @@ differs within it is the method's doing.</p>
 </tr>
 {% endfor %}
 {% endfor %}
-{% if header.floor %}
+{% if floor %}
 <tr class="group"><th>For comparison</th><td colspan="{{ columns }}"></td></tr>
 <tr><th scope="row">As many perfect samples</th>
 <td colspan="{{ columns - (criteria|length) }}"></td>
 {% for name in criteria %}
-{% set value, interval = header.floor.get(name)|value(name) %}
+{% set value, interval = floor.get(name)|value(name) %}
 <td>{{ value }}{% if interval %}<br><span class="range">{{ interval }}</span>{% endif %}</td>
 {% endfor %}</tr>
 {% endif %}
@@ -183,6 +183,7 @@ computed.</p>
 <details><summary>Measure it again</summary>
 <code>{{ header.command }}</code>
 </details>
+{% if results.batch %}
 <details><summary>Latency and memory</summary>
 <div class="scroll">
 <table>
@@ -205,6 +206,7 @@ computed.</p>
 </table>
 </div>
 </details>
+{% endif %}
 </main>
 </body>
 </html>

@@ -31,7 +31,13 @@ def distance(value: float, *, error: float = 0.5, own: float = 0.0) -> dict[str,
     resampled = value + error * (shared - shared.mean()) / shared.std() + own * alone
     half = 1.96 * float(resampled.std(ddof=1))
     told = {"samples": SAMPLES, "reference_samples": 100, "library": "torchmetrics", "absent": {}}
-    return {"value": value, "low": value - half, "high": value + half, "resampled": resampled.tolist(), **told}
+    return {
+        "value": value,
+        "low": max(0.0, value - half),
+        "high": value + half,
+        "resampled": resampled.tolist(),
+        **told,
+    }
 
 
 def row(
