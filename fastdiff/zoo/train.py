@@ -240,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     dit = add("dit", _dit, "train the denoiser", 16_000)
     ase = add("ase", _ase, "fine-tune the denoiser to exit early under the schedule ase-demo", 5000)
     add("sd", _sd, "train the text-to-image UNet with its text encoder", 10_500, 64)
-    add("ddpm", _ddpm, "train the unconditional UNet", 10_000, 32)
+    add("ddpm", _ddpm, "train the unconditional UNet", 30_000, 32)
     for command in (dit, ase):
         command.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
     exported = add("export", _export, "write plain diffusers folders in float16")
