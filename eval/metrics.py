@@ -212,7 +212,7 @@ def inception_score(logits: torch.Tensor, seed: int = 0) -> InceptionScore:
     splits = max(2, min(10, len(logits) // 2))
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        metric = Metric(feature=_Stored(logits.shape[1]), splits=splits)
+        metric = Metric(feature=_Stored(logits.shape[1]), splits=splits, sync_on_compute=False)
         metric.update(logits.double().cpu())
         mean, std = metric.compute()
     return InceptionScore(float(mean), float(std), splits)
@@ -241,7 +241,10 @@ def precision_recall(features: np.ndarray, real: np.ndarray) -> PrecisionRecall:
 
 
 class _Stored(nn.Module):
-    """Stands for a feature network where the features are at hand: torchmetrics takes them as the images."""
+    """Stands for a feature network where the features are at hand: torchmetrics takes them as the images.
+
+    The metrics on it are told not to synchronise: one process judges while the others wait for it.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -308,7 +311,7 @@ def _torchmetrics_fid(features: np.ndarray, real: np.ndarray) -> float:
     with needs_library("torchmetrics"):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Stored(features.shape[1]))
+    metric = FrechetInceptionDistance(feature=_Stored(features.shape[1]), sync_on_compute=False)
     metric.update(torch.from_numpy(np.asarray(real, np.float64)), real=True)
     metric.update(torch.from_numpy(np.asarray(features, np.float64)), real=False)
     return float(metric.compute())
@@ -320,7 +323,9 @@ def _torchmetrics_kid(features: np.ndarray, real: np.ndarray, size: int, seed: i
 
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        metric = KernelInceptionDistance(feature=_Stored(features.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+        metric = KernelInceptionDistance(
+            feature=_Stored(features.shape[1]), subsets=KID_SUBSETS, subset_size=size, sync_on_compute=False
+        )
         metric.update(torch.from_numpy(np.asarray(real, np.float64)), real=True)
         metric.update(torch.from_numpy(np.asarray(features, np.float64)), real=False)
         mean, std = metric.compute()
