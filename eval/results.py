@@ -173,8 +173,9 @@ def name_of(way: Mapping[str, Any]) -> str:
 
 def _place(results: Results, point: Point) -> tuple[Any, ...]:
     """Baselines first, then groups by kind, each from slow to fast; what could not be sampled ends its group."""
-    kind, way = KINDS.index(kind_of(point)), point.way
-    return kind, way["group"], way["model"] != MAIN, way["model"], results.speedup(point) or float("inf"), point.key
+    way, speedup = point.way, results.speedup(point) or float("inf")
+    copy = way["model"] != MAIN, way["model"]
+    return KINDS.index(kind_of(point)), way["group"], copy, speedup, -way["num_inference_steps"], point.key
 
 
 # -- where the numbers come from ---------------------------------------------------------------------------------------

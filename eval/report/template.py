@@ -36,7 +36,7 @@ tr.group th { color: var(--soft); font-size: .8rem; letter-spacing: .04em; text-
 .strips { display: grid; grid-template-columns: minmax(8rem, 17rem) 1fr; gap: .5rem 1rem; align-items: center; }
 .strips .soft { line-height: 1.25; }
 .strips img { width: 100%; image-rendering: pixelated; display: block; }
-.strips .rule { grid-column: 1 / -1; border-top: 1px solid var(--line); }
+.strips .rule { grid-column: 1 / -1; border-top: 1px solid var(--line); } .strips .rule:first-child { display: none; }
 .strips .axis { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; text-align: center; }
 .picture { max-width: 48rem; margin-bottom: 1rem;
   background: #fff; border-radius: .6rem; border: 1px solid var(--line); overflow: hidden; }

@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from fastdiff.errors import ConfigError
 from fastdiff.eval.evaluation import SWEEPS, Evaluation
 from fastdiff.eval.sampling import BadImageError
 from fastdiff.eval.store import Store
+from fastdiff.eval.ways import parse_ways
 
 from .conftest import Command
 
@@ -240,7 +243,10 @@ def test_pictures_of_anything_are_held_against_a_folder(tiny_dit: Path, tmp_path
         (["--feature-weights", "other=x"], "features, lpips or clip"),
         (["--reader", "none"], "--reference"),
         (["--reader", "missing"], "reader of glyphs"),
-        (["--reader", "none", "--reference", "missing", "--features", "zoo"], "no reference 'missing'"),
+        (
+            ["--reader", "none", "--reference", "missing", "--features", "zoo", "--class-labels", 1],
+            "no reference 'missing'",
+        ),
         (["--prompts", "missing.txt"], "--reader none"),
         (["--reader", "none", "--reference", "zoo:glyphs", "--prompts", "missing.txt"], "file of prompts"),
         (["--reader", "none", "--reference", "zoo:glyphs", "--clip"], "--prompts"),
@@ -426,6 +432,33 @@ def test_a_file_may_name_features_that_import_nothing(tmp_path: Path) -> None:
     assert parsed("--config", config(tmp_path, {"model": "zoo:glyphs-dit", "features": "inception:64"})).features
     with pytest.raises(ConfigError, match="names a YAML file"):
         parsed("--config", tmp_path / "missing.yaml")
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_commands_of_the_page_parse() -> None:
+    lines = [shlex.split(line, comments=True) for line in "\n".join(blocks("bash")).splitlines()]
+    commands = [words[words.index("eval") + 1 :] if "eval" in words else words[words.index("-m") + 2 :]
+                for words in lines if words]  # fmt: skip
+    assert len(commands) == 6
+    for words in commands:
+        if words[0] == "compare":
+            assert build_parser().parse_args(["eval", *words]).tolerance == 0.02
+        else:
+            parse_ways([spec.rpartition("@")[2] for spec in parsed(*words).methods], 50, units=12)
+
+
+def test_the_file_of_the_page_is_read(tmp_path: Path) -> None:
+    (content,) = blocks("yaml")
+    found = parsed("--config", config(tmp_path, content))
+    assert (found.model, found.num_samples, found.out) == ("zoo:glyphs-dit", 5000, "glyphs-dit")
+    assert found.baselines == ["peers", "steps:10"]
+    assert len(parse_ways(found.methods, 50, units=12)) == 10
 
 
 # -- interruptions and processes ---------------------------------------------------------------------------------------
