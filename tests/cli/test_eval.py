@@ -124,6 +124,21 @@ def test_a_copy_is_compared_with_itself(points: dict[str, dict[str, Any]]) -> No
     assert skipping["timings"]["2"]["speedup"]["pairs"] == ROUNDS
 
 
+def test_plain_sampling_in_the_same_time_is_that_of_the_copy(
+    tiny_dit: Path, tiny_finetuned: Path, tiny_reader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdiff.eval.sweep.steps_in_time", lambda *_: 4)
+    models = [tiny_dit, "--copy", f"tuned={tiny_finetuned}", "--reader", tiny_reader, *METHODS[2:]]
+    timing = ["--rounds", 1, "--timing-batch", 1, "--seeds", *SEEDS]
+    assert run_eval(*models, *SIZES, *timing, "--out", tmp_path) == 0
+    found = {point["key"]: point for point in json.loads((tmp_path / "results.json").read_text())["points"]}
+    (skipping,) = (point for point in found.values() if point["kind"] == "fastdiff")
+    assert skipping["same_time"] == "tuned+steps-4"
+    assert found["tuned+steps-4"]["quality"]["fid"]["sets"] == 2
+    assert skipping["verdict"]
+    assert "steps-4" not in found
+
+
 def test_sets_of_seeds_are_pooled(out: Path, points: dict[str, dict[str, Any]]) -> None:
     for key in ("steps-3", next(key for key in points if "exit-schedule" in key)):
         sets = [Store(out / SWEEPS / f"seed-{seed}").quality(key) or {} for seed in SEEDS]

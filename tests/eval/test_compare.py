@@ -12,7 +12,7 @@ import pytest
 from fastdiff.cli.main import main
 from fastdiff.errors import ConfigError
 from fastdiff.eval import Ratio
-from fastdiff.eval.compare import compare, told
+from fastdiff.eval.compare import Difference, compare, told
 from fastdiff.eval.points import Point
 from fastdiff.eval.results import as_data, load_results
 from tiny.results import BATCH, distance, field, per_image, results, row
@@ -62,6 +62,14 @@ def test_what_is_worse_beyond_noise_may_be_within_the_tolerance() -> None:
     assert compare(before, after, 0.05).regressions == []
     assert "worse       skipping: share=0.5: PSNR" in told(compare(before, after, 0.05))
     assert compare(before, after, 0.02).regressions == ["skipping: share=0.5: PSNR"]
+
+
+def test_noise_is_no_regression_whatever_the_tolerance() -> None:
+    noisy = Difference("way", "FID", 10.0, 11.0, error=0.6, better=-1, tolerance=0.0)
+    assert noisy.is_noise
+    assert not noisy.is_regression
+    assert replace(noisy, error=0.4).is_regression
+    assert not replace(noisy, error=0.4, better=1).is_regression
 
 
 def test_a_deviation_over_subsets_counts_as_noise() -> None:

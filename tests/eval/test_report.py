@@ -179,7 +179,7 @@ def test_a_plot_fades_what_is_dominated_and_names_the_rest() -> None:
 
 
 def test_labels_of_a_plot_do_not_overlap() -> None:
-    crowd = [row(f"r{i}", speedup=1.5 + i / 50, fid=10 + i / 10, label=f"a rather long label {i}") for i in range(12)]
+    crowd = [row(f"r{i}", speedup=1.5 + i / 100, fid=10 + i / 40, label=f"a rather long label {i}") for i in range(12)]
     figure = draw_trade_off(results([row("full", group="full", speedup=1.0, fid=9.0), *crowd]), "fid")
     figure.draw_without_rendering()
     (axes,) = figure.axes
