@@ -60,7 +60,7 @@ def draw_samples(comparison: Comparison) -> Figure:
     for index, pixels in enumerate(strips):
         top = index * (height + 4)
         canvas[top : top + height] = np.where(pixels[..., 3:] == 0, 255, pixels)
-    figure, axes = pyplot.subplots(figsize=(4.4 + width / 70, 0.5 + canvas.shape[0] / 70), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(5.4 + width / 70, 0.5 + canvas.shape[0] / 70), layout="constrained")
     axes.imshow(canvas, interpolation="nearest")
     labels = [f"{row.contender.title}  {row.speedup.median:.2f}×" for row in rows]
     axes.set_yticks([index * (height + 4) + height / 2 for index in range(len(rows))], labels)
