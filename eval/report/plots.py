@@ -215,6 +215,7 @@ def draw_samples(results: Results, images: Mapping[str, np.ndarray]) -> Figure:
     scale = 70 * height / 32
     figure, axes = pyplot.subplots(figsize=(5 + width / scale, 0.3 + canvas.shape[0] / scale), layout="constrained")
     axes.imshow(canvas, interpolation="nearest")
+    axes.set_anchor("E")  # all the room beside it is for the labels
     labels = [
         f"{texts.shortened(name_of(point), LABEL)}  {texts.median(t.speedup if (t := results.timing(point)) else None)}"
         for point in points

@@ -60,8 +60,9 @@ def draw_samples(comparison: Comparison) -> Figure:
     for index, pixels in enumerate(strips):
         top = index * (height + 4)
         canvas[top : top + height] = np.where(pixels[..., 3:] == 0, 255, pixels)
-    figure, axes = pyplot.subplots(figsize=(5.4 + width / 70, 0.5 + canvas.shape[0] / 70), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(4.8 + width / 70, 0.5 + canvas.shape[0] / 70), layout="constrained")
     axes.imshow(canvas, interpolation="nearest")
+    axes.set_anchor("E")  # all the room beside it is for the labels
     labels = [f"{row.contender.title}  {row.speedup.median:.2f}×" for row in rows]
     axes.set_yticks([index * (height + 4) + height / 2 for index in range(len(rows))], labels)
     labels = [comparison.task.label(index) for index in SHOWN if index < len(rows[0].images)]
