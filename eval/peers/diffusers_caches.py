@@ -14,7 +14,7 @@ from torch import nn
 
 from fastdiff.errors import ConfigError
 from fastdiff.eval.peers.base import Peer, PeerUnavailableError, evaluations_of
-from fastdiff.eval.peers.diffusers_cache import DiffusersCache, Evaluation
+from fastdiff.eval.peers.diffusers_base import DiffusersCache, Evaluation
 from fastdiff.methods.base import check_flag, check_number, check_tuple
 
 if TYPE_CHECKING:
