@@ -13,7 +13,6 @@ from diffusers import DiTPipeline
 from PIL import Image
 
 import fastdiff
-from fastdiff.cli import output
 from fastdiff.errors import FastDiffError
 from fastdiff.output import OutputError, staged_folder
 from fastdiff.plan import Action, ComputePlan
@@ -261,7 +260,7 @@ def test_interrupt_is_status_130(command: Command, monkeypatch: pytest.MonkeyPat
     def interrupted(out: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(output, "staged_folder", interrupted)
+    monkeypatch.setattr("fastdiff.output.staged_folder", interrupted)
     status, _, complaint = command("generate", "zoo:glyphs-dit", "--out", tmp_path / "out")
     assert status == 130
     assert complaint.splitlines() == ["fastdiff: interrupted, nothing was written"]
