@@ -16,9 +16,9 @@ from fastdiff.cli.pictures import draw_samples, draw_trade_off, png, write_png
 from fastdiff.cli.results import change_text, distance_text, psnr_text, ratio_text
 from fastdiff.cli.sampler import Ran
 from fastdiff.cli.spec import format_method
-from fastdiff.cli.tasks import READ, Task
+from fastdiff.cli.tasks import Task
 from fastdiff.eval import Ratio, paired_ratio
-from fastdiff.eval.glyphs import Score
+from fastdiff.eval.glyphs import READ, Score
 from fastdiff.eval.provenance import describe_machine
 from fastdiff.methods import SkipTuning
 from fastdiff.methods.skip_tuning import RHO_BY_EVALUATIONS

@@ -2,49 +2,7 @@
 
 from __future__ import annotations
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2330; --soft: #5a6475; --paper: #ffffff; --page: #f4f5f8;
-  --line: #dde1e8; --bar: #d5e3f5; --accent: #0b5cad; --warn: #a14a00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #a0a9b8; --paper: #1b2029; --page: #12151b;
-  --line: #323947; --bar: #24405f; --accent: #7db8f5; --warn: #f0a860; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
-p, li { max-width: 48rem; } p.soft, .soft { color: var(--soft); } .soft { font-size: .9rem; }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem; }
-.lead { font-size: 1.05rem; max-width: none; }
-.scroll { overflow-x: auto; padding: 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .45rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
-thead th { border-top: 0; font-weight: 600; vertical-align: bottom; }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); white-space: normal;
-  min-width: 10.5rem; font-weight: 500; }
-tr.group th { color: var(--soft); font-size: .8rem; letter-spacing: .04em; text-transform: uppercase;
-  padding-top: 1rem; }
-.unit { display: block; font-weight: 400; color: var(--soft); font-size: .8rem; }
-.bar { background: linear-gradient(var(--bar), var(--bar)) no-repeat left / var(--share) 100%; }
-.range { color: var(--soft); font-size: .82rem; }
-.warn { color: var(--warn); font-weight: 400; font-size: .82rem; display: block; }
-.strips { display: grid; grid-template-columns: minmax(8rem, 17rem) 1fr; gap: .5rem 1rem; align-items: center; }
-.strips .soft { line-height: 1.25; }
-.strips img { width: 100%; image-rendering: pixelated; display: block; }
-.strips .rule { grid-column: 1 / -1; border-top: 1px solid var(--line); }
-.strips .axis { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; text-align: center; }
-.picture { max-width: 48rem; background: #fff; border-radius: .6rem; border: 1px solid var(--line); overflow: hidden; }
-.picture img { width: 100%; display: block; }
-.plans { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { margin-bottom: .4rem; font-size: .92rem; }
-code { font: .86em/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-details { margin-top: .5rem; } summary { cursor: pointer; color: var(--accent); }
-details code { display: block; margin: .2rem 0 .8rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; font-size: .92rem; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { .strips { grid-template-columns: 1fr; gap: .2rem; } .strips .rule { margin: .4rem 0; }
-  .strips .empty { display: none; } th:first-child { min-width: 8.5rem; } main { padding: 1rem .6rem 3rem; }
-  .card { padding: .7rem; } .scroll { padding: 0; } }
-"""
+from fastdiff.eval.report.template import STYLE
 
 TEMPLATE = (
     """<!doctype html>

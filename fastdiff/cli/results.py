@@ -10,8 +10,8 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.cli.spec import format_method
-from fastdiff.cli.tasks import READ
 from fastdiff.eval import Ratio, describe_environment
+from fastdiff.eval.glyphs import READ
 from fastdiff.eval.provenance import describe_machine
 from fastdiff.zoo.data import CHARACTERS
 

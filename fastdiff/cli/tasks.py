@@ -16,13 +16,6 @@ from fastdiff.zoo.data import BOLD_DIGITS, CHARACTERS, Subset
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-READ = {
-    0: "share that the reader takes for some character beyond doubt; nothing was asked for",
-    1: "share that the reader takes for the character asked for",
-    3: "share in which the reader sees the character and both colours asked for",
-}
-"""What counts as read correctly, by number of questions asked of each image."""
-
 
 @dataclass(frozen=True, eq=False)
 class Task:
