@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+import fastdiff
 from fastdiff.errors import ConfigError, StateError, UnsupportedPipelineError
 from fastdiff.methods import as_methods
 from fastdiff.pipelines.acceleration import Acceleration, methods_of, preset_methods, read_config
@@ -33,6 +34,7 @@ class FastDiffPipeline:
         methods: Any = None,
         preset: str | None = None,
         on_unsupported: str = "raise",
+        kernels: str = "off",
         **kwargs: Any,
     ) -> Any:
         """Load any diffusers pipeline, accelerated.
@@ -43,29 +45,38 @@ class FastDiffPipeline:
             methods: one method or several. By default those saved in the folder, else those of the preset.
             preset: ``"quality"``, ``"balanced"`` (the default), ``"fast"`` or ``"off"``; not together with methods.
             on_unsupported: ``"raise"``, ``"warn"`` or ``"off"`` for a pipeline that cannot be accelerated.
+            kernels: ``"auto"`` also calls `fastdiff.optimize`: fused kernels where the machine has them, with slightly
+                different images; ``"off"`` leaves the models' own operations.
             **kwargs: what `DiffusionPipeline.from_pretrained` takes.
 
         Returns:
             The pipeline: an instance of its own class and of `FastDiffPipeline`.
 
         Raises:
-            ConfigError: for methods or a preset that do not exist, before anything is loaded.
+            ConfigError: for methods, a preset or kernels that do not exist, before anything is loaded.
             UnsupportedPipelineError: if the folder or repository is no diffusers pipeline.
             UnsupportedBackboneError: if its denoiser cannot be accelerated.
             ProfileMismatchError: if the saved acceleration belongs to another model.
         """
+        from fastdiff.models import pipeline_class
+
+        if kernels not in ("auto", "off"):
+            raise ConfigError(f"kernels is 'auto' or 'off'; got {kernels!r}.")
         chosen = None if methods is None and preset is None else _choose(methods, preset)
         name = _resolve(pretrained_model_name_or_path)
         try:
-            pipe = DiffusionPipeline.from_pretrained(name, **kwargs)
+            pipe = pipeline_class(name, **kwargs).from_pretrained(name, **kwargs)
         except (OSError, ValueError, AttributeError) as error:  # the last for a class that diffusers lacks
             raise UnsupportedPipelineError(f"{name!r} cannot be loaded as a diffusers pipeline: {error}") from error
         saved = read_config(name, **kwargs) if chosen is None else None
         if saved is None:
             chosen = _choose(None, None) if chosen is None else chosen
-            return enable(pipe, chosen, on_unsupported=on_unsupported)
-        pipe = enable(pipe, methods_of(saved), on_unsupported=on_unsupported)
-        pipe.fastdiff.check_profile(saved)
+            pipe = enable(pipe, chosen, on_unsupported=on_unsupported)
+        else:
+            pipe = enable(pipe, methods_of(saved), on_unsupported=on_unsupported)
+            pipe.fastdiff.check_profile(saved)
+        if kernels == "auto":
+            fastdiff.optimize(pipe)
         return pipe
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

@@ -80,6 +80,7 @@ class Unit:
             residual can stand for a run of them.
         fragile: whether the denoiser may write into what the unit returns, so that it is copied to be kept.
         shortcut: what the unit adds its residual to, as a function of its input; the input itself if None.
+        merges_skip: whether all it does is to merge a long skip into the stream, so that it counts as no block.
     """
 
     module: nn.Module
@@ -88,6 +89,7 @@ class Unit:
     segment: int = 0
     fragile: bool = False
     shortcut: Callable[[torch.Tensor], torch.Tensor] | None = None
+    merges_skip: bool = False
 
     @property
     def name(self) -> str:

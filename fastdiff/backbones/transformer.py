@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
 
 from torch import nn
 
@@ -33,8 +32,8 @@ BLOCK_LISTS = (
 INTERLEAVED_LISTS = {"LatteTransformer3DModel": ("transformer_blocks", "temporal_transformer_blocks")}
 """Denoisers that take one block of each list in turn, reshaping in between."""
 
-U_SHAPED = ("UniDiffuserModel", "UTransformer2DModel")
-"""Denoisers built as a U-ViT: the blocks of the second half come in pairs with the modules that read long skips."""
+U_SHAPED_LISTS = ("transformer_in_blocks", "transformer_mid_block", "transformer_out_blocks")
+"""Attributes of a U-ViT, in which the blocks of the second half come in pairs with the modules that read long skips."""
 
 SKIP_ARGUMENT = "skip"
 
@@ -121,11 +120,14 @@ def transformer_backbone(denoiser: nn.Module) -> Backbone:
     """
     segments = list(_segments(denoiser))
     fragile = type(denoiser).__name__ in WRITES_BLOCK_OUTPUTS
+    long_skips = _long_skips(denoiser)
     units = []
     for segment, blocks in enumerate(segments):
         for index, (name, block) in enumerate(blocks):
             can_exit = not _starts_over(denoiser) or (segment == len(segments) - 1 and index > 0)
-            units.append(Unit(block, _block_io(block), UnitTraits(name, can_exit=can_exit), segment, fragile))
+            traits = UnitTraits(name, can_exit=can_exit, reads=tuple(long_skips.get(name, ())))
+            merges = name in long_skips
+            units.append(Unit(block, _block_io(block), traits, segment, fragile, merges_skip=merges))
     if not units:
         found = [name for name, child in denoiser.named_children() if isinstance(child, nn.ModuleList)]
         raise UnsupportedBackboneError(
@@ -152,7 +154,7 @@ def _segments(denoiser: nn.Module) -> Iterator[NamedBlocks]:
         lists = [_named(denoiser, name) for name in INTERLEAVED_LISTS[kind]]
         yield from ([block] for block in chain.from_iterable(zip(*lists, strict=True)))
         return
-    if kind in U_SHAPED:
+    if _u_shaped_part(denoiser) is not None:
         yield _u_shaped(denoiser)
         return
     for name in BLOCK_LISTS:
@@ -164,15 +166,31 @@ def _segments(denoiser: nn.Module) -> Iterator[NamedBlocks]:
             yield blocks
 
 
+def _u_shaped_part(denoiser: nn.Module) -> str | None:
+    """Prefix of the names of a U-ViT's blocks, or None for any other denoiser."""
+    for prefix, module in (("", denoiser), ("transformer.", getattr(denoiser, "transformer", None))):
+        if all(hasattr(module, name) for name in U_SHAPED_LISTS):
+            return prefix
+    return None
+
+
 def _u_shaped(denoiser: nn.Module) -> NamedBlocks:
     """The blocks of a U-ViT in execution order."""
-    inner = "transformer." if type(denoiser).__name__ == "UniDiffuserModel" else ""
-    blocks: Any = getattr(denoiser, "transformer", denoiser)
-    names = [f"transformer_in_blocks.{index}" for index in range(len(blocks.transformer_in_blocks))]
-    names.append("transformer_mid_block")
-    for index in range(len(blocks.transformer_out_blocks)):
-        names += [f"transformer_out_blocks.{index}.{part}" for part in ("skip", "block")]
-    return [(inner + name, blocks.get_submodule(name)) for name in names]
+    before, middle, after = (f"{_u_shaped_part(denoiser)}{name}" for name in U_SHAPED_LISTS)
+    names = [f"{before}.{index}" for index in range(len(denoiser.get_submodule(before)))]  # type: ignore[arg-type]
+    names.append(middle)
+    for index in range(len(denoiser.get_submodule(after))):  # type: ignore[arg-type]
+        names += [f"{after}.{index}.{part}" for part in ("skip", "block")]
+    return [(name, denoiser.get_submodule(name)) for name in names]
+
+
+def _long_skips(denoiser: nn.Module) -> dict[str, list[str]]:
+    """The units of a U-ViT that only merge a long skip, and whose outputs each of them reads."""
+    if _u_shaped_part(denoiser) is None:
+        return {}
+    names = [name for name, _ in _u_shaped(denoiser)]
+    readers = [name for name in names if name.endswith(".skip")]
+    return {reader: [name] for reader, name in zip(readers, reversed(names[: len(readers)]), strict=True)}
 
 
 def _starts_over(denoiser: nn.Module) -> int:

@@ -23,6 +23,7 @@ from fastdiff.methods.base import Method, PlanRequest, check_number, check_tuple
 from fastdiff.plan import Action, ComputePlan
 
 if TYPE_CHECKING:
+    from fastdiff.backbones import Backbone
     from fastdiff.engine.clock import Grid
 
 PRESETS: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {
@@ -31,10 +32,16 @@ PRESETS: dict[str, tuple[tuple[float, ...], tuple[int, ...]]] = {
 }
 """Named schedules: lower bin edges in training timesteps and depths for a model of 28 blocks."""
 
+ORDERS = ("output", "middle", "exit")
+"""Which blocks are left out first where long skips join the two halves of a denoiser."""
+
 
 @dataclass(frozen=True)
 class ExitSchedule(Method):
-    """Run only the first ``S(t)`` units at timestep t; the model's own output layers read that hidden state.
+    """Run only the first ``S(t)`` blocks at timestep t; the model's own output layers read that hidden state.
+
+    In a U-ViT every long skip is still merged, and blocks are left out of the second half only: a depth below
+    the first half and the middle block is raised to them.
 
     Use it with a model fine-tuned under the same schedule: without that the output layers see features they were never
     trained on, and the result is experimental.
@@ -43,9 +50,12 @@ class ExitSchedule(Method):
         preset: ``"full"`` or ``"ase-demo"`` (the one schedule whose table is public), or None to give a table.
         bin_edges: lower edges of the bins, ascending; the first bin also catches what lies below, the last what lies
             above. Training timesteps from 0 (clean) up, or log signal-to-noise ratios from noisy to clean.
-        depths: units to run in each bin, at least 1.
-        full: number of units the depths are meant for; they are scaled to the model. None takes them as they are.
+        depths: blocks to run in each bin, at least 1.
+        full: number of blocks the depths are meant for; they are scaled to the model. None takes them as they are.
         space: what ``bin_edges`` measure, ``"timestep"`` or ``"logsnr"``.
+        order: which blocks of a U-ViT are left out first: ``"output"``, those nearest to the output; ``"middle"``,
+            those behind the middle block; ``"exit"``, all behind the depth, long skips with them, so that a depth may
+            lie in the first half. Other denoisers are always left at the depth.
         heads: folder of trained exit heads (`fastdiff.engine.heads.ExitHeads.save_pretrained`), or None.
 
     Raises:
@@ -57,6 +67,7 @@ class ExitSchedule(Method):
     depths: tuple[int, ...] = ()
     full: int | None = None
     space: str = "timestep"
+    order: str = "output"
     heads: str | os.PathLike[str] | None = None
     _loaded_heads: dict[str, nn.Module] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -72,6 +83,8 @@ class ExitSchedule(Method):
             raise ConfigError(f"ExitSchedule.heads is a folder; got {self.heads!r}.")
         if self.space not in ("timestep", "logsnr"):
             raise ConfigError(f"ExitSchedule.space is 'timestep' or 'logsnr'; got {self.space!r}.")
+        if self.order not in ORDERS:
+            raise ConfigError(f"ExitSchedule.order is {' or '.join(map(repr, ORDERS))}; got {self.order!r}.")
         edges, depths = self.bin_edges, self.depths
         if len(edges) != len(depths) or not edges:
             raise ConfigError(
@@ -100,7 +113,7 @@ class ExitSchedule(Method):
             object.__setattr__(self, name, value)
 
     @classmethod
-    def linear(cls, full: int, d_min: int, training_steps: int = 1000) -> ExitSchedule:
+    def linear(cls, full: int, d_min: int, training_steps: int = 1000, order: str = "output") -> ExitSchedule:
         """Depth falls evenly from ``full`` at timestep 0 to ``d_min`` at the noisy end.
 
         Raises:
@@ -108,28 +121,28 @@ class ExitSchedule(Method):
         """
         depths = tuple(range(full, d_min - 1, -1))
         edges = tuple(training_steps * index / max(len(depths), 1) for index in range(len(depths)))
-        return cls(bin_edges=edges, depths=depths, full=full)
+        return cls(bin_edges=edges, depths=depths, full=full, order=order)
 
     @classmethod
-    def step(cls, full: int, t_switch: float, d_low: int) -> ExitSchedule:
+    def step(cls, full: int, t_switch: float, d_low: int, order: str = "output") -> ExitSchedule:
         """Full depth below timestep ``t_switch``, depth ``d_low`` from there on.
 
         Raises:
             ConfigError: unless ``1 <= d_low <= full`` and ``t_switch > 0``.
         """
-        return cls(bin_edges=(0.0, float(t_switch)), depths=(full, d_low), full=full)
+        return cls(bin_edges=(0.0, float(t_switch)), depths=(full, d_low), full=full, order=order)
 
     @property
     def is_neutral(self) -> bool:
         """Whether every timestep has the full depth."""
         return self.full is not None and set(self.depths) == {self.full}
 
-    def depth_at(self, noise: np.ndarray, units: int) -> np.ndarray:
-        """Units to run at each timestep or log-SNR.
+    def depth_at(self, noise: np.ndarray, blocks: int) -> np.ndarray:
+        """Blocks to run at each timestep or log-SNR.
 
         Args:
             noise: values in this schedule's space, any shape.
-            units: the model's number of units.
+            blocks: the model's number of blocks.
 
         Raises:
             ConfigError: if the schedule is deeper than the model.
@@ -137,22 +150,31 @@ class ExitSchedule(Method):
         bins = np.clip(np.searchsorted(self.bin_edges, noise, side="right") - 1, 0, None)
         depths = np.array(self.depths)[bins]
         if self.full is not None:
-            return np.clip(np.floor(depths * units / self.full + 0.5).astype(int), 1, units)
-        if max(self.depths) > units:
+            return np.clip(np.floor(depths * blocks / self.full + 0.5).astype(int), 1, blocks)
+        if max(self.depths) > blocks:
             raise ConfigError(
-                f"The exit schedule runs up to {max(self.depths)} units, but the model has {units}. "
+                f"The exit schedule runs up to {max(self.depths)} blocks, but the model has {blocks}. "
                 f"Give full={max(self.depths)} to scale the schedule to the model, or smaller depths."
             )
         return depths
 
     def plan(self, request: PlanRequest) -> ComputePlan:
-        """Each row exits at its timestep's depth."""
+        """Each row leaves out what its timestep's depth says; where nothing runs to the end, it exits."""
         plan = request.full_plan(self)
         if self.is_neutral:
             return plan
-        units = len(plan.units)
-        depths = self.depth_at(self._noise(request.grid), units)
-        table = np.where(np.arange(units) >= depths[:, None], Action.EXIT, Action.COMPUTE)
+        backbone = request.backbone
+        least = least_depth(backbone, self.order)
+        depths = self.depth_at(self._noise(request.grid), count_blocks(backbone))
+        if self.full is None and depths.min() < least:
+            raise ConfigError(
+                f"The exit schedule runs as few as {depths.min()} blocks, but of this {backbone.class_name} the first "
+                f"{least} always run under order={self.order!r}. Give larger depths, full=... to scale them, or "
+                "order='exit'."
+            )
+        runs = running_units(backbone, np.maximum(depths, least), self.order)
+        to_come = np.logical_or.accumulate(runs[:, ::-1], axis=1)[:, ::-1]
+        table = np.where(runs, Action.COMPUTE, np.where(to_come, Action.SKIP, Action.EXIT))
         return ComputePlan(table, plan.units, plan.meta)
 
     def _noise(self, grid: Grid) -> np.ndarray:
@@ -164,7 +186,8 @@ class ExitSchedule(Method):
         return noise
 
     def __str__(self) -> str:
-        return f"ExitSchedule({self.preset!r})" if self.preset and not self.heads else super().__str__()
+        is_plain = self.preset and not self.heads and self.order == "output"
+        return f"ExitSchedule({self.preset!r})" if is_plain else super().__str__()
 
     def exit_heads(self) -> Mapping[str, nn.Module]:
         """The trained heads, loaded when first asked for.
@@ -185,19 +208,58 @@ class ExitSchedule(Method):
         return self._loaded_heads
 
 
+def count_blocks(backbone: Backbone) -> int:
+    """Number of a denoiser's blocks, of which units that only merge a long skip are none."""
+    return sum(not unit.merges_skip for unit in backbone.units)
+
+
+def least_depth(backbone: Backbone, order: str) -> int:
+    """Number of blocks that always run."""
+    merges = len(backbone.units) - count_blocks(backbone)
+    return count_blocks(backbone) - merges if merges and order != "exit" else 1
+
+
+def running_units(backbone: Backbone, depths: np.ndarray, order: str) -> np.ndarray:
+    """Which units run at some depths; those that only merge a long skip go with the block behind them, or run always.
+
+    Args:
+        backbone: the denoiser's units.
+        depths: blocks to run, shape ``(rows,)``, integers of at least `least_depth`.
+        order: as in `ExitSchedule`.
+
+    Returns:
+        A boolean array of shape ``(rows, units)``.
+
+    Raises:
+        ConfigError: if the order is ``"middle"`` and there are no long skips.
+    """
+    merges = np.array([unit.merges_skip for unit in backbone.units])
+    block = np.cumsum(~merges) - ~merges  # of a unit that merges a skip, the number of the block behind it
+    depths = depths[:, None]
+    if order == "middle":
+        if not merges.any():
+            raise ConfigError(f"order='middle' is for denoisers with long skips; {backbone.class_name} has none.")
+        first, left_out = least_depth(backbone, order), count_blocks(backbone) - depths
+        return merges | (block < first) | (block >= first + left_out)
+    always = merges if order == "output" else np.zeros_like(merges)
+    return always | (block < depths)
+
+
 @contextmanager
-def exit_at_depths(denoiser: nn.Module, depths: torch.Tensor) -> Iterator[None]:
-    """Within the block, sample i of every forward of the denoiser runs only its first ``depths[i]`` units.
+def exit_at_depths(denoiser: nn.Module, depths: torch.Tensor, order: str = "output") -> Iterator[None]:
+    """Within the block, sample i of every forward of the denoiser runs only its first ``depths[i]`` blocks.
 
     This is the forward that ASE trains with (section 3.2): blocks deeper than a sample's depth neither see it nor get
     a gradient from it, and they are run on the remaining samples only.
 
     Args:
         denoiser: a supported denoiser, used directly and not through a pipeline.
-        depths: units to run for each sample, shape ``(batch,)``, integers of at least 1.
+        depths: blocks to run for each sample, shape ``(batch,)``, integers of at least 1.
+        order: which blocks are left out first, as in `ExitSchedule`.
 
     Raises:
-        ConfigError: if a depth is below 1, or there is not one for each sample of a batch.
+        ConfigError: if a depth is below 1, or below what a U-ViT always runs, if there is not one for each sample of a
+            batch, or if the order is unknown.
         UnsupportedBackboneError: if the denoiser's units cannot be found.
     """
     from fastdiff.backbones import view
@@ -205,7 +267,15 @@ def exit_at_depths(denoiser: nn.Module, depths: torch.Tensor) -> Iterator[None]:
 
     if depths.ndim != 1 or (depths < 1).any():
         raise ConfigError(f"depths is a vector with a depth of at least 1 for each sample; got {depths.tolist()}.")
+    if order not in ORDERS:
+        raise ConfigError(f"order is {' or '.join(map(repr, ORDERS))}; got {order!r}.")
     backbone = view(denoiser)
+    least = least_depth(backbone, order)
+    if (depths < least).any():
+        raise ConfigError(
+            f"Of this {backbone.class_name} the first {least} blocks always run under order={order!r}; got depths "
+            f"{depths.tolist()}."
+        )
     first = backbone.units[0]
     streams = first.io
     if streams is None:
@@ -221,7 +291,8 @@ def exit_at_depths(denoiser: nn.Module, depths: torch.Tensor) -> Iterator[None]:
 
     check = first.module.register_forward_pre_hook(check_batch, with_kwargs=True)
     try:
-        active = [(depths > unit).nonzero().flatten() for unit in range(len(hooks.hooks))]
+        runs = torch.from_numpy(running_units(backbone, depths.cpu().numpy(), order)).to(depths.device)
+        active = [rows.nonzero().flatten() for rows in runs.T]
         hooks.set_cells([Cell(rows=rows if len(rows) < len(depths) else None) for rows in active])
         yield
     finally:

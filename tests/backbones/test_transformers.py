@@ -59,6 +59,9 @@ def test_units_are_the_block_lists(name: str) -> None:
     backbone = view(model)
     lists = UNITS_ELSEWHERE.get(name, tiny.block_lists)
     expected = [f"{path}.{index}" for path in lists for index in range(len(model.get_submodule(path)))]
+    if name == "UViT":
+        pairs = [f"{block}.{part}" for block in expected[3:] for part in ("skip", "block")]
+        expected = [*expected[:3], "transformer_mid_block", *pairs]
 
     assert sorted(backbone.names) == sorted(expected)
     assert all(unit.module is model.get_submodule(unit.name) for unit in backbone.units)

@@ -26,6 +26,7 @@ from tiny.pipelines import TINY_PIPELINES
 from tiny.sampling import BlockCalls, counting
 from tiny.unet_pipelines import UNET_PIPELINES
 from tiny.unet_unconditional import DDPM
+from tiny.uvit import OWN_PIPELINES
 
 STEPS = 7
 """Long enough for two keys of every method below and what lies between them; not a multiple of their intervals."""
@@ -76,8 +77,8 @@ READING = ("layers-reuse", "inherit-0", "inherit-1", "inherit-2", "saved-plan", 
 STACKING = ("propagate",)
 """Methods that make several evaluations in one call."""
 
-PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
-"""One pipeline for each way in which blocks are called: no text, cross-attention, two streams, two block lists."""
+PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "UViTPipeline")
+"""One pipeline for each way in which blocks are called: no text, cross-attention, two streams, two lists, skips."""
 UNET_CASES = [
     *[("StableDiffusionPipeline", method) for method in UNET_METHODS if method != "inherit-stages"],
     *[("DDIMPipeline", method) for method in ("propagate", "inherit-stages")],
@@ -93,12 +94,13 @@ EVERY_SINGLE_CASE = pytest.mark.parametrize(("name", "method"), [case for case i
 """Those in which every call makes one evaluation."""
 SOME_PIPELINES = pytest.mark.parametrize("name", PIPELINES)
 EVERY_KIND = pytest.mark.parametrize("name", [*PIPELINES, "StableDiffusionPipeline", "DDIMPipeline"])
-EVERY_PIPELINE = pytest.mark.parametrize("name", TINY_PIPELINES)
+EVERY_PIPELINE = pytest.mark.parametrize("name", [*TINY_PIPELINES, *OWN_PIPELINES])
+_CATALOGUE = TINY_PIPELINES | UNET_PIPELINES | OWN_PIPELINES
 
 
 def build(name: str) -> DiffusionPipeline:
     """Returns a new tiny pipeline; UNets have one layer in each stage."""
-    pipe = (TINY_PIPELINES | UNET_PIPELINES)[name].build()
+    pipe = _CATALOGUE[name].build()
     if name == "StableDiffusionPipeline":
         pipe.unet = small_unet()
     if name == "DDIMPipeline":
@@ -136,7 +138,7 @@ def sample(pipe: DiffusionPipeline, name: str, **arguments: Any) -> torch.Tensor
 
 def inputs_of(name: str, **arguments: Any) -> dict[str, Any]:
     """Returns the arguments of a call."""
-    return (TINY_PIPELINES | UNET_PIPELINES)[name].inputs(**{"steps": STEPS, **arguments})
+    return _CATALOGUE[name].inputs(**{"steps": STEPS, **arguments})
 
 
 def record_of(pipe: Any, denoiser: str | None = None) -> DenoiserRecord:

@@ -87,7 +87,7 @@ def range_of(number: int) -> tuple[float, ...]:
     return tuple(float(index) for index in range(number))
 
 
-@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "FluxTransformer2DModel"])
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "FluxTransformer2DModel", "UViT"])
 def test_full_is_the_plain_model(name: str) -> None:
     tiny = TINY_MODELS[name]
     model = tiny.build()
@@ -259,6 +259,8 @@ def test_plan_names_its_origin_and_holds_the_rules() -> None:
         ({"bin_edges": (0,), "depths": (5,), "full": 0}, "full is a whole number"),
         ({"bin_edges": (0,), "depths": (5,), "full": math.nan}, "full is a whole number"),
         ({"bin_edges": (0,), "depths": (5,), "space": "sigma"}, "'timestep' or 'logsnr'.*'sigma'"),
+        ({"preset": "full", "order": "input"}, "'output' or 'middle' or 'exit'.*'input'"),
+        ({"preset": "full", "order": None}, "'output' or 'middle' or 'exit'.*None"),
     ],
 )
 def test_schedule_that_is_none_is_refused(setting: dict[str, Any], message: str) -> None:
@@ -268,7 +270,7 @@ def test_schedule_that_is_none_is_refused(setting: dict[str, Any], message: str)
 
 def test_schedule_deeper_than_the_model_is_refused() -> None:
     schedule = ExitSchedule(bin_edges=(0, 500), depths=(12, 6))
-    with pytest.raises(ConfigError, match=r"up to 12 units, but the model has 8.*full=12"):
+    with pytest.raises(ConfigError, match=r"up to 12 blocks, but the model has 8.*full=12"):
         schedule.plan(request_of(8, 4))
     assert schedule.plan(request_of(12, 4)).depths.max() == 12
     scaled = ExitSchedule(bin_edges=(0, 500), depths=(12, 6), full=12)

@@ -23,11 +23,22 @@ NAMES = [
     "FluxTransformer2DModel",
     "LuminaNextDiT2DModel",
     "PixArtTransformer2DModel",
+    "UViT",
     "SD3Transformer2DModel",
 ]
 MODELS = pytest.mark.parametrize("name", NAMES)
 TIMESTEPS = (900, 500, 100, 700)
 SCHEDULE = ExitSchedule(bin_edges=(0, 300, 600, 800), depths=(4, 3, 2, 1), full=4)
+FOR_LONG_SKIPS = ExitSchedule(bin_edges=(0, 300, 600, 800), depths=(7, 6, 5, 4))
+
+
+def schedule_for(name: str) -> ExitSchedule:
+    return FOR_LONG_SKIPS if name == "UViT" else SCHEDULE
+
+
+def left_out(model: nn.Module, depth: int) -> list[str]:
+    """The units that do not run at a depth: in a U-ViT, none that merges a long skip."""
+    return [unit.name for unit in view(model).units if not unit.merges_skip][depth:]
 
 
 def mixed_batch(name: str) -> tuple[dict[str, Any], torch.Tensor]:
@@ -36,7 +47,8 @@ def mixed_batch(name: str) -> tuple[dict[str, Any], torch.Tensor]:
     inputs = tiny.inputs(4, 0)
     unit = 1000 if inputs[tiny.timestep].max() <= 1 else 1
     inputs[tiny.timestep] = torch.tensor(TIMESTEPS, dtype=torch.float32) / unit
-    return inputs, torch.tensor(SCHEDULE.depth_at(np.array(TIMESTEPS), len(view(tiny.build()).units)))
+    blocks = len(left_out(tiny.build(), 0))
+    return inputs, torch.tensor(schedule_for(name).depth_at(np.array(TIMESTEPS), blocks))
 
 
 def sample_of(inputs: dict[str, Any], index: int) -> dict[str, Any]:
@@ -61,9 +73,10 @@ def test_training_forward_is_the_sampling_forward_of_each_sample(name: str) -> N
         kind = TINY_MODELS[name].timestep
         unit = timestep / sample[kind]
         calls = [sample | {kind: other / unit} for other in descending]
-        outputs, record = accelerate(model, calls, SCHEDULE, descending)
+        outputs, record = accelerate(model, calls, schedule_for(name), descending)
         row = descending.index(timestep)
-        assert record.denoisers["denoiser"].plan.depths[row] == depths[index]
+        units = len(view(model).units)
+        assert record.denoisers["denoiser"].plan.depths[row] == units - len(left_out(model, depths[index]))
         assert torch.allclose(trained[index], outputs[row][0][0], rtol=0, atol=2e-6)
         full = evaluate(model, [sample])[0][0][0]
         assert torch.allclose(trained[index], full, atol=1e-3) == (timestep < 300)
@@ -73,13 +86,12 @@ def test_training_forward_is_the_sampling_forward_of_each_sample(name: str) -> N
 def test_gradients_are_those_of_the_truncated_networks(name: str) -> None:
     model = TINY_MODELS[name].build()
     inputs, depths = mixed_batch(name)
-    units = view(model).names
     with exit_at_depths(model, depths):
         model(**inputs, return_dict=False)[0].square().sum().backward()
 
     expected: dict[str, torch.Tensor] = {}
     for index, depth in enumerate(depths.tolist()):
-        smaller = without(TINY_MODELS[name].build(), units[depth:])
+        smaller = without(TINY_MODELS[name].build(), left_out(model, depth))
         smaller(**sample_of(inputs, index), return_dict=False)[0].square().sum().backward()
         for path, parameter in smaller.named_parameters():
             if parameter.grad is not None:
@@ -99,13 +111,10 @@ def test_blocks_beyond_a_samples_depth_get_no_gradient_from_it(name: str) -> Non
         model = TINY_MODELS[name].build()
         with exit_at_depths(model, depths):
             model(**inputs, return_dict=False)[0][index].square().sum().backward()
-        gradients = [
-            max((float(p.grad.abs().max()) for p in unit.module.parameters() if p.grad is not None), default=0.0)
-            for unit in view(model).units
-        ]
-        assert all(gradient > 0 for gradient in gradients[:depth])
-        own = 1 if name == "DiTTransformer2DModel" else 0  # its first block holds the final layer's embedding
-        assert all(gradient == 0 for gradient in gradients[max(depth, own) :])
+        gone = left_out(model, depth)
+        for unit in view(model).units:
+            gradients = [float(p.grad.abs().max()) for p in unit.module.parameters() if p.grad is not None]
+            assert (max(gradients, default=0.0) > 0) == (unit.name not in gone), unit.name
 
 
 def test_blocks_run_for_the_samples_that_need_them() -> None:
@@ -126,14 +135,14 @@ def test_blocks_run_for_the_samples_that_need_them() -> None:
         assert rows == expected
 
 
-def test_equal_depths_are_bitwise_the_network_of_that_depth() -> None:
-    model = TINY_MODELS["DiTTransformer2DModel"].build()
-    inputs, _ = mixed_batch("DiTTransformer2DModel")
-    names = view(model).names
-    for depth in range(1, 5):
+@pytest.mark.parametrize(("name", "depths"), [("DiTTransformer2DModel", range(1, 5)), ("UViT", range(4, 8))])
+def test_equal_depths_are_bitwise_the_network_of_that_depth(name: str, depths: range) -> None:
+    model = TINY_MODELS[name].build()
+    inputs, _ = mixed_batch(name)
+    for depth in depths:
         with torch.no_grad(), exit_at_depths(model, torch.full((4,), depth)):
             output = model(**inputs, return_dict=False)[0]
-        smaller = without(TINY_MODELS["DiTTransformer2DModel"].build(), names[depth:])
+        smaller = without(TINY_MODELS[name].build(), left_out(model, depth))
         assert torch.equal(output, evaluate(smaller, [inputs])[0][0])
 
 

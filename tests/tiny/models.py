@@ -1,16 +1,17 @@
-"""The catalogue: one tiny model for every denoising transformer class of diffusers."""
+"""The catalogue: one tiny model for every denoising transformer class of diffusers, and for our own."""
 
 from __future__ import annotations
 
 import diffusers
 
-from . import audio, image, joint, video
+from . import audio, image, joint, uvit, video
 from .base import TinyModel
 
 TINY_MODELS: dict[str, TinyModel] = {
     entry.name: entry for entry in (*image.ENTRIES, *joint.ENTRIES, *video.ENTRIES, *audio.ENTRIES) if entry.available
 }
-"""Class name to tiny model, for the classes that the installed diffusers has."""
+"""Class name to tiny model, for the classes that the installed diffusers has, and fastdiff's own."""
+TINY_MODELS[uvit.MODEL.name] = uvit.MODEL
 
 _REASONS = {
     "AnyFlowFARTransformer3DModel": "autoregressive over chunks: its pipeline's forwards need earlier KV caches",

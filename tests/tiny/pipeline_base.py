@@ -12,6 +12,8 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 
+import fastdiff.models
+
 from .base import HEIGHT, TEXT_DIM, TEXT_TOKENS, WEIGHT_SEED, Draw, build
 
 PIXELS = 8 * HEIGHT
@@ -123,7 +125,7 @@ def pipeline(
     """
 
     def build_pipeline() -> DiffusionPipeline:
-        cls = getattr(diffusers, class_name)
+        cls = _class_of(class_name)
         parameters = inspect.signature(cls.__init__).parameters
         absent = dict.fromkeys([name for name, p in parameters.items() if p.default is p.empty and name != "self"])
         if "requires_safety_checker" in parameters:
@@ -142,13 +144,18 @@ def pipeline(
             "generator": torch.Generator().manual_seed(seed),
             "output_type": "latent",
         }
-        taken = inspect.signature(getattr(diffusers, class_name).__call__).parameters
+        taken = inspect.signature(_class_of(class_name).__call__).parameters
         prompts = Draw(PROMPT_SEED + seed)
         own = {name: value for name, value in call.items() if name in taken}
         return own | arguments(Call(prompts, batch, guidance)) | overrides
 
     name = f"{class_name} ({variant})" if variant else class_name
     return TinyPipeline(name, build_pipeline, inputs, denoisers, frozenset(ignores))
+
+
+def _class_of(name: str) -> type[DiffusionPipeline]:
+    """Returns a pipeline class of diffusers, or one of ours."""
+    return getattr(diffusers, name, None) or getattr(fastdiff.models, name)
 
 
 def vae(halvings: int = 3, **changes: Any) -> AutoencoderKL:

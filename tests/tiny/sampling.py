@@ -137,8 +137,21 @@ def traces(model: nn.Module) -> list[str]:
 
 
 def without(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """Returns the model with these blocks taken out of their lists, which changes it."""
+    """Returns the model with these blocks taken out of their lists, which changes it.
+
+    In a U-ViT, which pairs its blocks by their places, something that does nothing takes their place.
+    """
     for name in reversed(list(names)):
-        path, index = name.rsplit(".", 1)
-        del model.get_submodule(path)[int(index)]
+        path, _, index = name.rpartition(".")
+        if hasattr(model, "transformer_mid_block"):
+            model.get_submodule(path)._modules[index] = _Passing()
+        else:
+            del model.get_submodule(path)[int(index)]
     return model
+
+
+class _Passing(nn.Module):
+    """Hands on the first of its arguments."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
+        return hidden_states

@@ -13,8 +13,9 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from .pipelines import TINY_PIPELINES
 from .staged_pipelines import PRIOR_PIPELINES
 from .unet_pipelines import UNET_PIPELINES
+from .uvit import OWN_PIPELINES
 
-PIPELINES = TINY_PIPELINES | PRIOR_PIPELINES | UNET_PIPELINES
+PIPELINES = TINY_PIPELINES | PRIOR_PIPELINES | UNET_PIPELINES | OWN_PIPELINES
 EVERY_PIPELINE = pytest.mark.parametrize("name", PIPELINES)
 
 
