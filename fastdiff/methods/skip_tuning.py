@@ -27,7 +27,7 @@ RHO_BY_EVALUATIONS = {9: 0.68, 19: 0.78, 39: 0.85, 79: 0.9}
 
 TIMES = ("constant", "increasing", "decreasing", "sigma-window")
 
-FOLDABLE = ("SkipBlock",)
+FOLDABLE = ("SkipBlock", "UViTSkip")
 """Modules, by class name, that read a skip through nothing but a linear layer over ``[hidden state, skip]``."""
 
 
@@ -169,7 +169,7 @@ class SkipTuning(Method):
         are not written to and come back afterwards.
 
         Args:
-            denoiser: a U-ViT of diffusers, whose skips enter through a linear layer alone.
+            denoiser: a U-ViT, whose skips enter through a linear layer alone.
 
         Yields:
             The denoiser.

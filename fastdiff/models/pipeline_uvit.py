@@ -47,9 +47,9 @@ class UViTPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(id2label=None if id2label is None else {str(key): id2label[key] for key in id2label})
-        names = {int(key): value.split(",") for key, value in (id2label or {}).items()}
-        self.labels = {name.strip(): number for number in names for name in names[number]}
+        names = {int(number): name for number, name in (id2label or {}).items()}
+        self.register_to_config(id2label={str(number): name for number, name in names.items()} or None)
+        self.labels = {name.strip(): number for number in names for name in names[number].split(",")}
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
@@ -184,8 +184,9 @@ class UViTPipeline(DiffusionPipeline):
         """
         for name, value in config_dict.items():
             library = value[0] if isinstance(value, (list, tuple)) and len(value) == 2 else None
-            known = not isinstance(library, str) or library.split(".")[0] in _LIBRARIES
-            if not known and not hasattr(diffusers_pipelines, library):
+            if not isinstance(library, str) or library.split(".")[0] in _LIBRARIES:
+                continue
+            if not hasattr(diffusers_pipelines, library):
                 raise ConfigError(
                     f"model_index.json says that {name} comes from {library!r}; a UViTPipeline's parts are classes of "
                     f"{', '.join(_LIBRARIES)}."

@@ -166,6 +166,7 @@ class UViT(ModelMixin, ConfigMixin):
             skips.append(tokens)
         tokens = self._run(self.transformer_mid_block, tokens)
         for pair in self.transformer_out_blocks:
+            assert isinstance(pair, nn.ModuleDict)
             tokens = self._run(pair["skip"], tokens, skips.pop())
             tokens = self._run(pair["block"], tokens)
         sample = self._unpatchify(self.proj_out(self.norm_out(tokens))[:, self.extra_tokens :])

@@ -1,0 +1,177 @@
+"""Exit schedules on denoisers with long skips: which blocks go, that every skip is merged, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastdiff import Action, ComputePlan, ConfigError, ExitSchedule
+from fastdiff.backbones import view
+from fastdiff.methods.exit_schedule import ORDERS, exit_at_depths
+from fastdiff.models import UViT
+from tiny.models import TINY_MODELS
+from tiny.plans import grid_of, request_of
+from tiny.sampling import accelerate, calls_at, counting, evaluate, without
+from tiny.uvit import MODEL
+
+BLOCKS = 7
+"""Three before the middle, the middle block, three after."""
+LEFT_OUT = {
+    "output": {7: [], 6: [2], 5: [1, 2], 4: [0, 1, 2]},
+    "middle": {7: [], 6: [0], 5: [0, 1], 4: [0, 1, 2]},
+}
+"""Out-blocks that do not run, by order and depth."""
+
+
+def schedule_of(depth: int, order: str = "output") -> ExitSchedule:
+    return ExitSchedule(bin_edges=(0,), depths=(depth,), full=BLOCKS, order=order)
+
+
+def predict(model: nn.Module, schedule: ExitSchedule | ComputePlan) -> torch.Tensor:
+    return accelerate(model, calls_at(MODEL, (500,)), schedule, (500,))[0][0][0]
+
+
+def by_hand(model: UViT, gone: list[int], merged: bool = True) -> torch.Tensor:
+    """The prediction with some out-blocks left out: reduced to their skip linear, or with that left out too."""
+    inputs = calls_at(MODEL, (500,))[0]
+    with torch.no_grad():
+        tokens = model._embed(inputs["hidden_states"], inputs["timestep"], inputs["class_labels"], None)
+        skips = []
+        for block in model.transformer_in_blocks:
+            tokens = block(tokens)
+            skips.append(tokens)
+        tokens = model.transformer_mid_block(tokens)
+        for index, pair in enumerate(model.transformer_out_blocks):
+            skip = skips.pop()
+            if index not in gone or merged:
+                tokens = pair["skip"].skip_linear(torch.cat([tokens, skip], dim=-1))
+            if index not in gone:
+                tokens = pair["block"](tokens)
+        return model.conv_out(model._unpatchify(model.proj_out(model.norm_out(tokens))[:, 2:]))
+
+
+@pytest.mark.parametrize("order", LEFT_OUT)
+@pytest.mark.parametrize("depth", range(4, 8))
+def test_left_out_block_is_its_skip_linear_alone(order: str, depth: int) -> None:
+    model = MODEL.build()
+    gone = LEFT_OUT[order][depth]
+    predicted = predict(model, schedule_of(depth, order))
+    assert torch.equal(predicted, by_hand(model, gone))
+    identity = by_hand(model, gone, merged=False)
+    assert torch.allclose(predicted, identity, rtol=0, atol=1e-3) == (not gone)
+
+
+def test_leaving_the_skip_out_too_is_another_plan() -> None:
+    model = MODEL.build()
+    names = view(model).names
+    row = np.array([Action.SKIP if name.startswith("transformer_out_blocks.2") else Action.COMPUTE for name in names])
+    assert torch.equal(predict(model, ComputePlan(row[None], names)), by_hand(model, [2], merged=False))
+    row[names.index("transformer_out_blocks.2.skip")] = Action.COMPUTE
+    assert torch.equal(predict(model, ComputePlan(row[None], names)), predict(model, schedule_of(6)))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_run_as_the_table_says(order: str) -> None:
+    model = MODEL.build()
+    names = view(model).names
+    table = (7, 7, 6, 6, 6, 5, 5, 5, 4, 4)
+    timesteps = (999, 900, 899, 200, 199, 100, 99, 0)  # both sides of each edge
+    schedule = ExitSchedule(bin_edges=tuple(range(0, 1000, 100)), depths=table, order=order)
+    calls = calls_at(MODEL, timesteps)
+    with counting(model, names, calls[0]) as counted:
+        _, record = accelerate(model, calls, schedule, timesteps)
+    for row, timestep in zip(counted.table(names), timesteps, strict=True):
+        depth = table[timestep // 100]
+        ran = {name for name, count in zip(names, row, strict=True) if count}
+        assert sum(not name.endswith(".skip") for name in ran) == depth
+        if order == "exit":
+            assert tuple(name for name in names if name in ran) == names[: len(ran)]
+            assert sum(name.endswith(".skip") for name in ran) == depth - 4
+        else:
+            assert {f"transformer_out_blocks.{index}.skip" for index in range(3)} < ran
+            assert set(names) - ran == {f"transformer_out_blocks.{index}.block" for index in LEFT_OUT[order][depth]}
+    assert record.skipped == counted.table(names).size - counted.table(names).sum()
+
+
+@pytest.mark.parametrize("name", ["UViT", "DiTTransformer2DModel"])
+def test_row_may_exit_before_any_unit(name: str) -> None:
+    tiny = TINY_MODELS[name]
+    names = view(tiny.build()).names
+    calls = calls_at(tiny, (500,))
+    for depth in range(1, len(names)):
+        row = np.where(np.arange(len(names)) >= depth, Action.EXIT, Action.COMPUTE)
+        left = accelerate(tiny.build(), calls, ComputePlan(row[None], names), (500,))[0][0][0]
+        assert torch.equal(left, evaluate(without(tiny.build(), names[depth:]), calls)[0][0])
+
+
+def test_exits_in_the_first_half_run_nothing_behind_them() -> None:
+    model = MODEL.build()
+    names = view(model).names
+    for depth in range(1, BLOCKS):
+        last = 2 * depth - 4 if depth > 4 else depth
+        gone = without(MODEL.build(), names[last:])
+        assert torch.equal(predict(model, schedule_of(depth, "exit")), evaluate(gone, calls_at(MODEL, (500,)))[0][0])
+
+
+def test_order_makes_no_difference_without_long_skips() -> None:
+    request = request_of(6, grid_of((900, 100)))
+    schedules = [ExitSchedule(bin_edges=(0, 500), depths=(6, 2), order=order) for order in ("output", "exit")]
+    assert np.array_equal(schedules[0].plan(request).table, schedules[1].plan(request).table)
+
+
+def test_order_middle_needs_long_skips() -> None:
+    with pytest.raises(ConfigError, match="'middle' is for denoisers with long skips"):
+        ExitSchedule("ase-demo", order="middle").plan(request_of(6, grid_of((900, 100))))
+
+
+def test_depths_that_lie_in_the_first_half() -> None:
+    model = MODEL.build()
+    with pytest.raises(ConfigError, match=r"as few as 3 blocks.*first 4 always run.*order='output'.*order='exit'"):
+        predict(model, ExitSchedule(bin_edges=(0,), depths=(3,)))
+    assert torch.equal(predict(model, schedule_of(1)), predict(model, schedule_of(4)))
+    assert not torch.equal(predict(model, schedule_of(3, "exit")), predict(model, schedule_of(4)))
+
+
+def test_schedule_with_an_order_is_saved_and_named() -> None:
+    schedule = ExitSchedule("ase-demo", order="exit")
+    again = ExitSchedule.from_dict(json.loads(json.dumps(schedule.to_dict())))
+    assert again == schedule
+    assert again.order == "exit"
+    assert "order='exit'" in str(schedule)
+    assert {ExitSchedule.step(7, 300, 4, order="middle").order, ExitSchedule.linear(7, 4, order="middle").order} == {
+        "middle"
+    }
+
+
+# -- the forward that is trained with ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_training_forward_leaves_out_the_same_blocks(order: str) -> None:
+    model = MODEL.build()
+    depths = [4, 7, 5, 6]
+    inputs = MODEL.inputs(4, 0)
+    with torch.no_grad(), exit_at_depths(model, torch.tensor(depths), order):
+        trained = model(**inputs).sample
+    for index, depth in enumerate(depths):
+        sample = {name: value[index : index + 1] for name, value in inputs.items()}
+        sampled = accelerate(model, [sample], schedule_of(depth, order), (500,))[0][0][0]
+        assert torch.allclose(trained[index], sampled[0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("depths", "order", "message"),
+    [
+        ([4, 3], "output", "first 4 blocks always run.*order='output'.*3"),
+        ([3, 4], "middle", "first 4 blocks always run"),
+        ([4, 4], "input", "'output' or 'middle' or 'exit'.*'input'"),
+        ([4, 0], "exit", "at least 1"),
+    ],
+)
+def test_training_depths_that_cannot_be_are_refused(depths: list[int], order: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message), exit_at_depths(MODEL.build(), torch.tensor(depths), order):
+        pass
