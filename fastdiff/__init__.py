@@ -22,6 +22,7 @@ from fastdiff.errors import (
 
 if TYPE_CHECKING:
     from fastdiff.engine import sampling_run
+    from fastdiff.kernels.patching import optimize, restore
     from fastdiff.methods import EncoderPropagation, ExitSchedule, FeatureInheritance, LayerSkipping, SkipTuning
     from fastdiff.pipelines import FastDiffPipeline, disable, disabled, enable, is_enabled
     from fastdiff.plan import Action, ComputePlan
@@ -49,6 +50,8 @@ __all__ = [
     "disabled",
     "enable",
     "is_enabled",
+    "optimize",
+    "restore",
     "sampling_run",
 ]
 
@@ -65,6 +68,8 @@ _LAZY = {
     "disabled": "fastdiff.pipelines",
     "enable": "fastdiff.pipelines",
     "is_enabled": "fastdiff.pipelines",
+    "optimize": "fastdiff.kernels.patching",
+    "restore": "fastdiff.kernels.patching",
     "sampling_run": "fastdiff.engine",
 }
 

@@ -17,6 +17,9 @@ ROUNDINGS = 16
 # A fused kernel rounds less often than eager operations, so it must not be further from the truth than they are.
 EAGER = 1.05
 
+# Through a whole float32 model both are as far from the truth, but in other directions.
+MODEL32 = 1.5
+
 
 def ulp(reference: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The distance between neighbouring numbers of a dtype at each value, in float64."""
@@ -50,3 +53,16 @@ def assert_close(
             result.double() - exact, eager.double() - exact
         ))  # fmt: skip
         assert off <= EAGER * eager_off, f"error {off:.3g} beside eager's {eager_off:.3g}"
+
+
+def assert_model_close(result: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor) -> None:
+    """Hold a whole model's result against the exact one, where only comparing with eager makes sense.
+
+    Args:
+        result: what the model gives with kernels.
+        exact: the same in float64.
+        eager: what the model gives without.
+    """
+    off, eager_off = ((part.double() - exact).square().mean().sqrt().item() for part in (result, eager))
+    bound = MODEL32 if result.dtype == torch.float32 else EAGER
+    assert off <= bound * eager_off, f"error {off:.3g} beside eager's {eager_off:.3g}"

@@ -1,0 +1,138 @@
+"""The expressions that replaced forwards are made of: one kernel where it can run, the model's own modules elsewhere.
+
+Own modules rather than a kernel's reference, because they are as fast as torch has it and change no bit. The reference
+runs where ``FASTDIFF_KERNELS=torch`` asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.normalization import FP32LayerNorm, RMSNorm
+from torch import nn
+
+from fastdiff.kernels import dispatch, geglu, group_norm_act, residual_norm_modulate
+from fastdiff.kernels.residual_norm_modulate import Norm, Rounding
+
+Maybe = torch.Tensor | None
+
+NORMS: dict[type[nn.Module], Norm] = {nn.LayerNorm: "layer", FP32LayerNorm: "layer", RMSNorm: "rms"}
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether calling a module does nothing beside its class's forward, so that its weights may be read instead.
+
+    Offloading, for example, hooks modules to load their weights.
+    """
+    return not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
+def fused(name: str, supported: Callable[..., dispatch.Verdict], *args: Any) -> bool:
+    """Whether an operation of `fastdiff.ops` runs on these arguments."""
+    return dispatch.mode() == "torch" or dispatch.use_kernel(name, supported, *args)
+
+
+def join(
+    x: torch.Tensor,
+    branch: Maybe = None,
+    gate: Maybe = None,
+    norm: nn.Module | None = None,
+    scale: Maybe = None,
+    shift: Maybe = None,
+    rounding: Rounding = "fused",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``r = x + gate * branch`` and ``norm(r) * (1 + scale) + shift``.
+
+    Args:
+        x: tokens of shape ``(batch, tokens, width)``.
+        branch: what attention or feed-forward gave.
+        gate: what the branch is multiplied with, of shape ``(batch, width)`` or ``(batch, 1, width)``.
+        norm: the norm over the width.
+        scale: modulation after the norm, shaped as a gate.
+        shift: modulation after the norm, shaped as a gate.
+        rounding: as in `residual_norm_modulate`.
+
+    Returns:
+        Both; the second is the first where there is neither norm nor modulation.
+    """
+    if gate is not None and gate.ndim == 2:
+        gate = gate[:, None]
+    if scale is not None and shift is not None and scale.ndim == 2:
+        scale, shift = scale[:, None], shift[:, None]
+    kind = None if norm is None else NORMS.get(type(norm))
+    if (norm is None and gate is not None) or (norm is not None and kind is not None and plain(norm)):
+        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        parts = (branch, gate, weight, bias, scale, shift)
+        if _rows(x, *parts) and fused(
+            "residual_norm_modulate", residual_norm_modulate.supported, x, *parts, None, None
+        ):
+            residual, normed, _ = residual_norm_modulate.residual_norm_modulate(
+                x,
+                branch,
+                gate,
+                norm=kind,
+                weight=weight,
+                bias=bias,
+                scale=scale,
+                shift=shift,
+                eps=getattr(norm, "eps", 1e-6),
+                rounding=rounding,
+            )
+            return residual, normed
+    if branch is not None:
+        # The branch comes first: the sum takes its memory layout, and a model's first hidden state may be transposed.
+        x = (branch if gate is None else gate * branch) + x
+    normed = x if norm is None else norm(x)
+    if scale is not None:
+        normed = normed * (1 + scale)
+    return x, normed if shift is None else normed + shift
+
+
+def _rows(x: torch.Tensor, *others: Maybe) -> bool:
+    """Whether tensors have one dtype, and rows that lie in one piece."""
+    alike = (part is None or (part.dtype == x.dtype and part.stride(-1) == 1) for part in (x, *others))
+    return x.ndim == 3 and all(alike)
+
+
+def norm_silu(
+    x: torch.Tensor,
+    norm: nn.GroupNorm,
+    add: Maybe = None,
+    scale: Maybe = None,
+    shift: Maybe = None,
+    rounding: Rounding = "fused",
+) -> torch.Tensor:
+    """``silu(norm(x + add) * (1 + scale) + shift)``.
+
+    Args:
+        x: features of shape ``(batch, channels, height, width)``.
+        norm: the norm.
+        add: shape ``(batch, channels)`` or ``(1, channels)``, as scale and shift.
+        scale: modulation after the norm.
+        shift: modulation after the norm.
+        rounding: the kernel only knows ``"fused"``; otherwise torch's own operations run.
+    """
+    weight, bias = norm.weight, norm.bias
+    alike = all(part is None or part.dtype == x.dtype for part in (weight, bias, add, scale, shift))
+    if rounding == "fused" and alike and plain(norm):
+        vectors = [None if part is None else part.expand(len(x), -1) for part in (add, scale, shift)]
+        if fused("group_norm_act", group_norm_act.supported, x, None, weight, bias, 1.0, *vectors):
+            add, scale, shift = vectors
+            return group_norm_act.group_norm_act(
+                x, norm.num_groups, weight, bias, add=add, scale=scale, shift=shift, eps=norm.eps
+            )
+    add, scale, shift = (None if part is None else part[:, :, None, None] for part in (add, scale, shift))
+    x = norm(x if add is None else x + add)
+    x = x if scale is None else x * (1 + scale)
+    return F.silu(x if shift is None else x + shift)
+
+
+def gated(hidden: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    """The first half of the last dimension times GELU of the second."""
+    if fused("geglu", geglu.supported, hidden):
+        return geglu.geglu(hidden, rounding=rounding)
+    hidden, gate = hidden.chunk(2, dim=-1)
+    return hidden * F.gelu(gate)
