@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fastdiff import ConfigError, SkipTuning
+from fastdiff import Action, ComputePlan, ConfigError, SkipTuning
 from fastdiff.backbones import view
 from fastdiff.models import UViT
 from tiny.sampling import accelerate, calls_of, evaluate
@@ -193,6 +194,23 @@ def test_repeated_blocks_are_what_diffusers_compiles_and_keeps_together() -> Non
 
 
 # -- its skips in fastdiff ---------------------------------------------------------------------------------------------
+
+
+def test_blocks_whose_skips_are_read_are_not_dropped() -> None:
+    backbone = view(MODEL.build())
+    reads = {trait.name: trait.reads for trait in backbone.traits if trait.reads}
+    assert reads == {
+        f"transformer_out_blocks.{index}.skip": (f"transformer_in_blocks.{2 - index}",) for index in range(3)
+    }
+    names = backbone.names
+    reused = [Action.REUSE if name == "transformer_mid_block" else Action.COMPUTE for name in names]
+    plan = ComputePlan(np.array([[Action.COMPUTE] * len(names), reused]), names, {"replaced": list(names)})
+    assert plan.prune(backbone.traits) == plan
+    left = plan.table.copy()
+    left[1, names.index("transformer_out_blocks.0.skip")] = Action.REUSE
+    pruned = ComputePlan(left, names, plan.meta).prune(backbone.traits)
+    dropped = {name for name, action in zip(names, pruned.table[1], strict=True) if action == Action.DROP}
+    assert dropped == {"transformer_in_blocks.2", "transformer_mid_block"}
 
 
 def test_constant_skip_scales_fold_into_the_weights() -> None:
