@@ -53,6 +53,7 @@ def compile_as(how: str, pipe: DiffusionPipeline, backend: str = "eager") -> Com
         ("DiTPipeline", "ase-demo", "wrapper"),
         ("DiTPipeline", "layers-reuse", "module"),
         ("FluxPipeline", "inherit-0", "wrapper"),
+        pytest.param("UViTPipeline", "ase-demo", "wrapper", marks=pytest.mark.slow),
         pytest.param("DiTPipeline", "saved-plan", "module", marks=pytest.mark.slow),
         pytest.param("FluxPipeline", "merged", "module", marks=pytest.mark.slow),
         pytest.param("StableDiffusion3Pipeline", "layers-skip", "wrapper", marks=pytest.mark.slow),
