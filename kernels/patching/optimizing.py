@@ -159,7 +159,7 @@ def _name_unknown_blocks(prefix: str, model: nn.Module, replaced: list[str], rep
     for name, blocks in model.named_modules():
         if not isinstance(blocks, nn.ModuleList):
             continue
-        for index, block in enumerate(blocks):
+        for index, block in blocks.named_children():  # passes over places that a model leaves empty
             path = f"{name}.{index}"
             known = any(f"{other}.".startswith(f"{path}.") or f"{path}.".startswith(f"{other}.") for other in replaced)
             has_norm = any("Norm" in type(module).__name__ for module in block.modules())

@@ -24,8 +24,7 @@ def resnet_obstacle(block: Any) -> str:
         return "its norms are not nn.GroupNorm"
     if type(block.nonlinearity) is not nn.SiLU:
         return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
-    known = block.time_embedding_norm in ("default", "scale_shift")
-    return "" if known else f"time_embedding_norm is {block.time_embedding_norm!r}"
+    return ""
 
 
 def resnet_block(
@@ -34,14 +33,15 @@ def resnet_block(
     """`ResnetBlock2D`, without dividing by an ``output_scale_factor`` of one."""
     modulated = block.time_embedding_norm == "scale_shift"
     many = block.upsample is not None and len(input_tensor) >= MANY
-    if args or kwargs or many or (modulated and temb is None):
+    untimed = temb is None
+    if args or kwargs or many or untimed != (block.time_emb_proj is None) or (modulated and untimed):
         return NotImplemented
     x, hidden = input_tensor, norm_silu(input_tensor, block.norm1, rounding=rounding)
     resample = block.downsample if block.upsample is None else block.upsample
     if resample is not None:
         x, hidden = resample(x), resample(hidden)
     hidden = block.conv1(hidden)
-    add = temb
+    add = None
     if block.time_emb_proj is not None:
         add = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
     if modulated:
@@ -49,7 +49,8 @@ def resnet_block(
         scale, shift = add.chunk(2, dim=1)
         hidden = norm_silu(hidden, block.norm2, scale=scale, shift=shift, rounding=rounding)
     else:
-        hidden = norm_silu(hidden, block.norm2, add, rounding=rounding)
+        added = add if block.time_embedding_norm == "default" else None
+        hidden = norm_silu(hidden, block.norm2, added, rounding=rounding)
     hidden = block.conv2(block.dropout(hidden))
     x = x if block.conv_shortcut is None else block.conv_shortcut(x)
     return _over(x + hidden, block.output_scale_factor)

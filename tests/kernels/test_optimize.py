@@ -165,6 +165,10 @@ def test_report_names_blocks_that_nothing_is_known_of() -> None:
     assert report.left["blocks.0"] == "WanTransformerBlock: no kernel for what it does"
 
 
+def test_empty_places_in_a_list_of_blocks_are_passed_over() -> None:
+    assert not fastdiff.optimize(nn.Sequential(nn.ModuleList([nn.LayerNorm(1), None]))).replaced
+
+
 def test_subclass_is_left() -> None:
     class Other(BasicTransformerBlock):
         pass

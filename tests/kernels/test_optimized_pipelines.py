@@ -115,10 +115,17 @@ def test_either_can_be_taken_off_first(name: str, first: str, last: str, referen
     assert not forwards(denoiser_of(pipe))
 
 
-def test_components_are_named(reference: list[int]) -> None:
+@torch.no_grad()
+def test_components_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDIFF_KERNELS", "torch")
     pipe = build("StableDiffusionPipeline")
+    pipe.vae.double()
+    latents = torch.randn(2, pipe.vae.config.latent_channels, 4, 4, dtype=torch.float64)
+    plain = pipe.vae.decode(latents).sample
     report = fastdiff.optimize(pipe)
     assert {name.partition(".")[0] for name in report.replaced} == {"unet", "vae"}
+    assert not [name for name in report.left if "resnets" in name]
+    torch.testing.assert_close(pipe.vae.decode(latents).sample, plain)
     assert fastdiff.restore(pipe) == len(report.replaced)
     assert not forwards(pipe.unet)
     assert not forwards(pipe.vae)
