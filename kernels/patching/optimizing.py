@@ -11,6 +11,7 @@ from diffusers import ModelMixin
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.normalization import (
     AdaLayerNormContinuous,
     AdaLayerNormZero,
@@ -22,7 +23,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import nn
 
 from fastdiff.errors import ConfigError
-from fastdiff.kernels.patching import transformers, unets
+from fastdiff.kernels.patching import conditions, transformers, unets
 from fastdiff.kernels.patching.replacement import Forward, put, take
 from fastdiff.kernels.patching.report import OptimizeReport
 from fastdiff.kernels.residual_norm_modulate import Rounding
@@ -57,6 +58,9 @@ KINDS: dict[type[nn.Module], Kind] = {
     AdaLayerNormZero: Kind(transformers.ada_layer_norm_zero, _NORM),
     AdaLayerNormZeroSingle: Kind(transformers.ada_layer_norm_zero_single, _NORM),
     AdaLayerNormContinuous: Kind(transformers.ada_layer_norm_continuous, _NORM),
+    CombinedTimestepLabelEmbeddings: Kind(
+        conditions.timestep_label_embeddings, "sinusoids of the timestep once for all blocks", conditions.obstacle
+    ),
     SD35AdaLayerNormZeroX: Kind(transformers.sd35_ada_layer_norm_zero, _NORM),
     GEGLU: Kind(transformers.geglu_layer, "GELU and product in one pass"),
     Attention: Kind(unets.attention, "no division by one", unets.attention_obstacle),

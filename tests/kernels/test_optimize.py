@@ -101,6 +101,27 @@ def test_gradients_pass(name: str) -> None:
     torch.testing.assert_close(gradient(), plain)
 
 
+def test_sinusoids_are_computed_once_per_evaluation() -> None:
+    model, arguments = build("DiT"), inputs("DiT")
+    later = arguments | {"timestep": arguments["timestep"] - 100}
+    plain = [call(model, each) for each in (arguments, later)]
+    assert not torch.equal(*plain)
+    fastdiff.optimize(model)
+    calls: list[nn.Module] = []
+    for block in model.transformer_blocks:
+        block.norm1.emb.time_proj.register_forward_hook(lambda module, *others: calls.append(module))
+    assert torch.equal(call(model, arguments), plain[0])
+    assert torch.equal(call(model, later), plain[1])
+    assert len(calls) == 2
+    arguments["timestep"] -= 100
+    assert torch.equal(call(model, arguments), plain[1])
+    with torch.inference_mode():
+        inside = inputs("DiT")
+        assert torch.equal(call(model, inside), plain[0])
+        inside["timestep"] -= 100
+        assert torch.equal(call(model, inside), plain[1])
+
+
 # -- what is replaced --------------------------------------------------------------------------------------------------
 
 
