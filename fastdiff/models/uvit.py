@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import AttentionMixin, BasicTransformerBlock
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -38,7 +38,7 @@ class UViTSkip(nn.Module):
         return self.skip_linear(torch.cat([hidden_states, skip], dim=-1))
 
 
-class UViT(ModelMixin, ConfigMixin):
+class UViT(ModelMixin, AttentionMixin, ConfigMixin):
     """U-ViT for square images or latents: unconditional, class-conditional or text-conditional.
 
     The tokens are ``[class] [time] [patches]``, or ``[time] [text] [patches]``, with one learned position embedding.

@@ -10,6 +10,8 @@ import torch
 from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, DiTPipeline, StableDiffusionPipeline
 from tqdm import tqdm
 
+from fastdiff.models import UViTPipeline
+
 from .captions import caption_sequence
 from .data import CHARACTERS, IMAGE_SIZE, batches, color_pairs, render_many
 from .reader import GlyphReader
@@ -135,7 +137,7 @@ def sample_as_asked(
     Returns:
         float32 (count, 3, 32, 32) in [-1, 1], and what each image was to show.
     """
-    if isinstance(pipe, DiTPipeline):
+    if isinstance(pipe, (DiTPipeline, UViTPipeline)):
         classes = (class_sequence(1) * count)[:count]
         images = sample(
             pipe, classes, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, seed=seed

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel
@@ -16,8 +16,9 @@ from transformers import CLIPTextModel
 from fastdiff import zoo
 from fastdiff.errors import FastDiffError
 from fastdiff.methods import ExitSchedule
+from fastdiff.models import UViT, pipeline_class
 
-from . import check, export, training, training_dit, training_unet
+from . import check, export, training, training_dit, training_unet, training_uvit
 from .captions import load_tokenizer, write_tokenizer
 from .data import BOLD_DIGITS, pool
 from .reader import GlyphReader
@@ -32,6 +33,7 @@ the commands in this order; each says what it needs:
   reader  train the reader                                  needs data
   dit     train the transformer on the VAE's latents        needs data, vae
   ase     fine-tune it to exit early                        needs dit
+  uvit    train a U-ViT on the VAE's latents                needs data, vae
   sd      train UNet and text encoder on the VAE's latents  needs data, vae
   ddpm    train the unconditional UNet on pixels, digits    needs data
   export  write plain diffusers folders in float16          needs what it writes
@@ -126,6 +128,17 @@ def _ase(args: argparse.Namespace) -> None:
     transformer.save_pretrained(args.work / "ase" / "model")
 
 
+def _uvit(args: argparse.Namespace) -> None:
+    latents, labels = _latents(args)
+    torch.manual_seed(args.seed)
+    transformer = training_uvit.build_transformer()
+    predict = training_uvit.denoiser_predictor(transformer, args.compile)
+    config = LoopConfig(args.steps, seed=args.seed, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
+    loss = training_dit.denoiser_loss(predict, latents, labels[:, 0], args.batch_size, training_uvit.NULL_CLASS)
+    fit(transformer, loss, config, args.work / "uvit")
+    transformer.save_pretrained(args.work / "uvit" / "model")
+
+
 def _sd(args: argparse.Namespace) -> None:
     latents, labels = _latents(args)
     write_tokenizer(args.work / "tokenizer")
@@ -155,6 +168,10 @@ def _export_dit(args: argparse.Namespace, name: str, trained: Path) -> None:
     export.export_dit(DiTTransformer2DModel.from_pretrained(trained), _vae_for_export(args), args.out / name)
 
 
+def _export_uvit(args: argparse.Namespace, name: str, trained: Path) -> None:
+    training_uvit.export(UViT.from_pretrained(trained), _vae_for_export(args), args.out / name)
+
+
 def _export_sd(args: argparse.Namespace, name: str, trained: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(trained / "unet")
     text_encoder = CLIPTextModel.from_pretrained(trained / "text_encoder")
@@ -180,6 +197,7 @@ _STAGES = {
     "glyphs-sd": ("sd", _export_sd),
     "glyphs-ddpm": ("ddpm", _export_ddpm),
     "glyphs-cnn": ("reader", _export_reader),
+    "glyphs-uvit": ("uvit", _export_uvit),
 }
 """The stage that trains a model, and how the model is written."""
 
@@ -197,7 +215,7 @@ def _check(args: argparse.Namespace) -> None:
     reader = GlyphReader.from_pretrained(zoo.path("glyphs-cnn")).eval()
     accuracy = check.reader_accuracy(reader, args.held_out)
     print(f"reader on {args.held_out} held-out renders: " + ", ".join(f"{k} {v:.2%}" for k, v in accuracy.items()))
-    pipe = DiffusionPipeline.from_pretrained(zoo.path(args.model))
+    pipe = pipeline_class(zoo.path(args.model)).from_pretrained(zoo.path(args.model))
     pipe.set_progress_bar_config(disable=True)
     if hasattr(pipe, "vae"):
         kept = check.reconstruction(pipe.vae, reader, args.held_out)
@@ -239,9 +257,10 @@ def _parser() -> argparse.ArgumentParser:
     add("reader", _reader, "train the reader of characters, fonts and colours", 2000)
     dit = add("dit", _dit, "train the denoiser", 16_000)
     ase = add("ase", _ase, "fine-tune the denoiser to exit early under the schedule ase-demo", 5000)
+    uvit = add("uvit", _uvit, "train the denoiser with long skips", 16_000)
     add("sd", _sd, "train the text-to-image UNet with its text encoder", 10_500, 64)
     add("ddpm", _ddpm, "train the unconditional UNet", 30_000, 32)
-    for command in (dit, ase):
+    for command in (dit, ase, uvit):
         command.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
     exported = add("export", _export, "write plain diffusers folders in float16")
     exported.add_argument("--out", type=Path, default=zoo.path("glyphs-dit").parent, help="folder for the models")

@@ -129,21 +129,24 @@ def freeze_timestep_embedders(transformer: DiTTransformer2DModel) -> None:
         block.norm1.emb.timestep_embedder.requires_grad_(False)
 
 
-def class_condition(labels: torch.Tensor) -> Condition:
+def class_condition(labels: torch.Tensor, null_class: int = NULL_CLASS) -> Condition:
     """Class labels of training samples, of which one in ten is the null class.
 
     Args:
         labels: int64 class labels (count,).
+        null_class: the class that stands for no class.
     """
 
     def condition(chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         dropped = torch.rand(chosen.shape, generator=generator) < CLASS_DROPOUT
-        return labels[chosen].masked_fill(dropped, NULL_CLASS)
+        return labels[chosen].masked_fill(dropped, null_class)
 
     return condition
 
 
-def denoiser_loss(predict: Predictor, latents: torch.Tensor, labels: torch.Tensor, batch_size: int) -> StepLoss:
+def denoiser_loss(
+    predict: Predictor, latents: torch.Tensor, labels: torch.Tensor, batch_size: int, null_class: int = NULL_CLASS
+) -> StepLoss:
     """The denoising loss of a class-conditional model.
 
     Args:
@@ -151,11 +154,12 @@ def denoiser_loss(predict: Predictor, latents: torch.Tensor, labels: torch.Tenso
         latents: clean latents (count, 4, 8, 8).
         labels: int64 class labels (count,).
         batch_size: latents per step.
+        null_class: the class that stands for no class.
     """
     return denoising_loss(
         predict,
         lambda chosen: latents[chosen].float(),
-        class_condition(labels),
+        class_condition(labels, null_class),
         count=len(latents),
         batch_size=batch_size,
         scheduler=build_scheduler(),

@@ -1,0 +1,57 @@
+"""What the zoo's U-ViT learns: the class-conditional denoiser of the DiT's latents, with long skips."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import AttnProcessor
+
+from fastdiff.models import UViT, UViTPipeline
+
+from . import training_dit
+from .data import CHARACTERS
+from .denoising import Predictor
+from .export import half_copy
+
+NULL_CLASS = len(CHARACTERS)
+
+
+def build_transformer(num_layers: int = 12, num_attention_heads: int = 4, attention_head_dim: int = 28) -> UViT:
+    """An untrained denoiser of latents (batch, 4, 8, 8); ``num_layers`` and a middle block."""
+    return UViT(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=num_layers,
+        num_attention_heads=num_attention_heads,
+        attention_head_dim=attention_head_dim,
+        num_classes=len(CHARACTERS),
+    )
+
+
+def denoiser_predictor(transformer: UViT, compiled: bool) -> Predictor:
+    """The training forward."""
+    transformer.set_attn_processor(AttnProcessor())  # fused attention is slow backwards on CPU, as for the DiT
+    forward = torch.compile(transformer) if compiled else transformer
+    return lambda noisy, timesteps, classes: forward(noisy, timestep=timesteps, class_labels=classes).sample
+
+
+def export(transformer: UViT, vae: AutoencoderKL, folder: Path) -> None:
+    """Writes a `UViTPipeline` in float16.
+
+    Args:
+        transformer: the denoiser.
+        vae: the autoencoder.
+        folder: replaced if it exists.
+    """
+    pipe = UViTPipeline(
+        transformer=half_copy(transformer),
+        scheduler=training_dit.build_scheduler(),
+        vae=half_copy(vae),
+        id2label=dict(enumerate(CHARACTERS)),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    pipe.save_pretrained(folder)
