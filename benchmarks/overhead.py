@@ -8,7 +8,8 @@ The model has the size of DiT-S/2 at 256 px: 12 blocks, width 384, 256 tokens, b
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,13 @@ def pipeline_overhead(pipe: DiTPipeline, steps: int, rounds: int, device: str) -
         fastdiff.enable(pipe, fastdiff.ExitSchedule("full"))
         return sample(index)
 
-    seconds = time_interleaved(
-        {"plain": sample, "full plan": with_full_plan},
-        rounds,
-        device=device,
-        after_each=lambda _: fastdiff.disable(pipe),
-    )
+    @contextmanager
+    def disabled_after(_: str) -> Iterator[None]:
+        yield
+        fastdiff.disable(pipe)
+
+    contenders = {"plain": sample, "full plan": with_full_plan}
+    seconds = time_interleaved(contenders, rounds, device=device, around=disabled_after)
     return paired_ratio(seconds["full plan"], seconds["plain"])
 
 

@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from torch import Generator
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from fastdiff import zoo
-from fastdiff.cli.tasks import glyph_task
 from fastdiff.eval import describe_environment, psnr
+from fastdiff.eval.glyphs import glyph_task
 from fastdiff.eval.peers import Peer, PeerUnavailableError, default_peers
 from fastdiff.plan import write_json
 
@@ -76,13 +75,13 @@ class Bench:
         self.pipe = DiffusionPipeline.from_pretrained(zoo.path(model))
         self.pipe.set_progress_bar_config(disable=True)
         self._steps, self._batch = steps, batch
-        self._arguments = glyph_task(self.pipe, batch, seed=0, guidance_scale=guidance_scale).arguments(range(batch))
+        self._task = glyph_task(self.pipe, batch, guidance_scale=guidance_scale).task
         self._plain, self._macs = self._counted()
 
     def sample(self) -> np.ndarray:
         """Images, float32 in [0, 1] of shape ``(batch, height, width, 3)``."""
-        seeds = [Generator("cpu").manual_seed(seed) for seed in range(self._batch)]
-        return self.pipe(**self._arguments, num_inference_steps=self._steps, generator=seeds, output_type="np").images  # type: ignore[no-any-return]
+        asked = self._task.arguments(range(self._batch))
+        return self.pipe(**asked, num_inference_steps=self._steps, output_type="np").images  # type: ignore[no-any-return]
 
     def _counted(self) -> tuple[np.ndarray, int]:
         with FlopCounterMode(display=False) as counter:

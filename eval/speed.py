@@ -167,18 +167,13 @@ def _between(start: float, stop: float) -> float:
     return stop - start
 
 
-def _nothing(name: str) -> None:
-    """What happens between two turns unless something is asked for."""
-
-
 def time_interleaved(
     contenders: Mapping[str, Callable[[int], Any]],
     rounds: int,
     *,
     warm_up: int = 1,
     device: torch.device | str = "cpu",
-    before_each: Callable[[str], None] = _nothing,
-    after_each: Callable[[str], None] = _nothing,
+    around: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext(),
 ) -> dict[str, list[float]]:
     """The seconds of `timed_rounds`, one entry for each round, by name.
 
@@ -187,19 +182,11 @@ def time_interleaved(
         rounds: timed rounds, at least 1.
         warm_up: rounds before that, not timed.
         device: what to wait for before the clock is read.
-        before_each: called with the name before every contender's turn, outside its time.
-        after_each: the same after its turn.
+        around: entered before every contender's turn and left after it, outside its time.
 
     Raises:
         ConfigError: if there is no contender or no round.
     """
-
-    @contextmanager
-    def around(name: str) -> Iterator[None]:
-        before_each(name)
-        yield
-        after_each(name)
-
     if rounds < 1:
         raise ConfigError(f"Timing needs at least one round; got {rounds}.")
     turns = list(timed_rounds(contenders, warm_up + rounds, first=-warm_up, device=device, around=around))[warm_up:]

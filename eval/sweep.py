@@ -309,12 +309,13 @@ class Sweep:
                 errors = self._processes.together(partial(self._sample, way, part, step))
                 self._processes.on_main(partial(self._finish, way, next(filter(None, errors), None)))
 
-    def _expected(self, ways: Sequence[Way]) -> dict[str, float]:
+    def _expected(self, ways: Sequence[Way]) -> dict[str, int]:
         """What a batch of each way costs, roughly, in full sampling's steps: as timed, as far as that was done."""
         rounds = self.store.rounds(max(self.store.timed_batches, default=1))
         pairs = {way.key: paired_seconds(rounds, way.key, way.baseline(self._full).key) for way in ways}
         timed = {key: self._full / paired_ratio(full, own).median for key, (own, full) in pairs.items() if own}
-        return {way.key: timed.get(way.key, _cost(way)) for way in ways}
+        # Whole numbers, which add up to the bar's total.
+        return {way.key: max(1, round(timed.get(way.key, way.num_inference_steps))) for way in ways}
 
     def _sample(self, way: Way, part: Sequence[tuple[int, range]], after_each: Callable[[], Any]) -> dict[str, str]:
         """Make this process's batches of a way; returns the error for which that cannot be done."""
@@ -366,11 +367,6 @@ class Sweep:
             raise SweepError(
                 f"{len(bad)} of {len(ways)} ways made images that are none; the others are finished. {bad[0]}"
             )
-
-
-def _cost(way: Way) -> float:
-    """What a call costs, roughly, in steps."""
-    return float(way.num_inference_steps)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from fastdiff.eval.points import Point
 from fastdiff.eval.report import texts
 from fastdiff.eval.report.tables import deciding_criteria, name_of
 from fastdiff.eval.results import Results, kind_of
+from fastdiff.pipelines.pipeline import DEFAULT_PRESET
 
 WORDS = {
     "better": "better",
@@ -22,6 +23,7 @@ WORDS = {
 def headline(results: Results) -> str:
     """A few sentences: how fastdiff and others do against fewer steps, and who does best."""
     sentences = [
+        *_default_preset(results),
         *_against_fewer_steps(results, "fastdiff", "fastdiff's"),
         *_against_fewer_steps(results, "peer", "other packages"),
         *filter(None, (_front(results, name) for name in deciding_criteria(results)[:2])),
@@ -29,6 +31,24 @@ def headline(results: Results) -> str:
     if not sentences:
         return f"{len(results.measured)} ways of sampling, none of them timed against fewer steps."
     return " ".join(sentences)
+
+
+def _default_preset(results: Results) -> list[str]:
+    """What is gained by one line and no choice, if it is among the rows."""
+    label = f"preset {DEFAULT_PRESET}"
+    preset = next((point for point in results.measured if point.way["label"] == label), None)
+    timing = None if preset is None else results.timing(preset)
+    if preset is None or timing is None:
+        return []
+    told = (
+        f"With nothing but the default preset, sampling took {texts.percent(1 / timing.speedup.median, 0)} of the time "
+        f"({texts.median(timing.speedup)}) at {texts.percent(preset.macs_share, 0)} of the multiply-accumulates"
+    )
+    ours, full = preset.quality or {}, results.point(preset.baseline).quality or {}
+    if "read" not in ours or "read" not in full:
+        return [f"{told}."]
+    read = [texts.percent(quality["read"]["value"]) for quality in (ours, full)]
+    return [f"{told}; {read[0]} of the samples were read as asked, against {read[1]} of those sampled in full."]
 
 
 def _against_fewer_steps(results: Results, kind: str, what: str) -> list[str]:

@@ -15,6 +15,7 @@ from fastdiff.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastdiff.eval.evaluation import Evaluation
+    from fastdiff.eval.results import Results
 
 PURPOSE = """\
 Compare ways of sampling with one pipeline: how much faster each is, how much worse, and whether another package or just
@@ -136,8 +137,6 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from diffusers.utils.logging import disable_progress_bar
 
     from fastdiff.eval.processes import OtherProcessError
-    from fastdiff.eval.report.headline import headline
-    from fastdiff.eval.report.tables import as_markdown
 
     evaluation = build(options, parser)
     disable_progress_bar()  # diffusers' own, for every model it loads
@@ -146,10 +145,18 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except OtherProcessError:
         return FAILURE  # which that process explains
     if results is not None:
-        print(as_markdown(results))
-        print(headline(results))
-        print(f"Open {Path(evaluation.out) / 'report.html'}")
+        show(results, evaluation.out)
     return 0
+
+
+def show(results: Results, out: str) -> None:
+    """Print the table, what it amounts to, and where there is more."""
+    from fastdiff.eval.report.headline import headline
+    from fastdiff.eval.report.tables import as_markdown
+
+    print(as_markdown(results))
+    print(headline(results))
+    print(f"Open {Path(out) / 'report.html'}")
 
 
 def build(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Evaluation:

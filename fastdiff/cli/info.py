@@ -65,8 +65,8 @@ def run(options: argparse.Namespace) -> None:
 def describe_package() -> Iterator[str]:
     """Shipped models, methods with their fields, presets."""
     from fastdiff import zoo
-    from fastdiff.cli.spec import PLAN, field_defaults, format_method, kebab, method_classes
     from fastdiff.pipelines.acceleration import PRESETS
+    from fastdiff.spec import PLAN, field_defaults, format_method, kebab, method_classes
 
     yield "Models that ship with fastdiff"
     yield from (f"  zoo:{name}" for name in zoo.names())
@@ -188,8 +188,8 @@ def _units(costs: UnitCosts) -> Iterator[str]:
 
 def _settings() -> Iterator[tuple[str, tuple[Method, ...]]]:
     """Every method with its defaults, and every preset."""
-    from fastdiff.cli.spec import method_classes, parse_method
     from fastdiff.pipelines.acceleration import PRESETS
+    from fastdiff.spec import method_classes, parse_method
 
     for name in method_classes():
         spec = f"{name}:preset=ase-demo" if name == "exit-schedule" else name

@@ -72,7 +72,7 @@ def chosen_methods(options: argparse.Namespace) -> tuple[Method, ...] | None:
     Raises:
         ConfigError: for a specification that cannot be read.
     """
-    from fastdiff.cli.spec import parse_method
+    from fastdiff.spec import parse_method
 
     return tuple(map(parse_method, options.method)) or None
 

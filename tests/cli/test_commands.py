@@ -123,8 +123,8 @@ def test_plan_show_draws(tiny_dit: Path, tmp_path: Path, command: Command) -> No
 
 def test_info_lists_models_methods_and_presets(command: Command) -> None:
     from fastdiff import zoo
-    from fastdiff.cli.spec import field_defaults, method_classes
     from fastdiff.pipelines.acceleration import PRESETS
+    from fastdiff.spec import field_defaults, method_classes
 
     status, shown, _ = command("info")
     assert status == 0
@@ -189,7 +189,7 @@ MISTAKES = {
     "no such format": ["plan", "show", "{model}", "--png", "{tmp}/plan.nonsense"],
     "schedule too deep": ["plan", "show", "{model}", "--method", "exit-schedule:bin-edges=[0],depths=[99]"],
     "demo of nothing": ["demo", "--model", "{tmp}"],
-    "demo without samples": ["demo", "--samples", "0"],
+    "demo without samples": ["demo", "--num-samples", "0"],
     "demo into a file": ["demo", "--out", "{model}/model_index.json"],
 }
 

@@ -12,7 +12,7 @@ import pytest
 
 from fastdiff.cli.main import build_parser, main
 from fastdiff.cli.options import EXAMPLES
-from fastdiff.cli.spec import parse_method
+from fastdiff.spec import parse_method
 
 
 def pages(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

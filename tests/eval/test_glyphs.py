@@ -1,21 +1,26 @@
-"""Judging glyph images: what was asked of them decides whether they are read correctly."""
+"""Glyphs: what pipelines are asked for, and that it decides whether an image is read correctly."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from fastdiff import zoo
-from fastdiff.eval.glyphs import GlyphJudge
+from fastdiff.errors import ConfigError
+from fastdiff.eval.glyphs import GlyphTask, glyph_task, read_as_asked
 from fastdiff.zoo import check
-from fastdiff.zoo.data import BOLD_DIGITS, CHARACTERS, COLORS, color_pairs, render_many, to_tensor
+from fastdiff.zoo.captions import caption
+from fastdiff.zoo.data import BOLD_DIGITS, CHARACTERS, COLORS, LABELS, color_pairs, render_many, to_tensor
 from fastdiff.zoo.reader import QUESTIONS, GlyphReader, GlyphReaderOutput
+from tiny.pipelines import TINY_PIPELINES
+from tiny.unet_pipelines import UNET_PIPELINES
 
 
 @pytest.fixture(scope="module")
-def judge() -> GlyphJudge:
-    return GlyphJudge(GlyphReader.from_pretrained(zoo.path("glyphs-cnn")), renders=100)
+def reader() -> GlyphReader:
+    return GlyphReader.from_pretrained(zoo.path("glyphs-cnn")).eval()
 
 
 def _logits(answers: list[int], options: int, certainty: float = 20.0) -> torch.Tensor:
@@ -48,44 +53,75 @@ class TestAsAsked:
         assert _output([5], [fore], [back], certainty=3.0).as_asked(None).tolist() == [False]
 
 
-def test_judge_counts_the_questions_that_were_asked(judge: GlyphJudge) -> None:
+def test_only_the_questions_that_were_asked_count(reader: GlyphReader) -> None:
     images, labels = render_many(check.HELD_OUT_SEED, 5000, 60)
     asked = labels[:, [0, 2, 3]]
-    right = judge.score(images, asked)
-    assert right.correct >= 58
+    right = read_as_asked(reader, images, asked)
+    assert right.shape == (60,)
+    assert right.sum() >= 58
     wrong = asked.copy()
     wrong[:20, 2] = (wrong[:20, 2] + 1) % len(COLORS)
-    assert judge.score(images, wrong).correct == judge.score(images[20:], asked[20:]).correct
-    assert judge.score(images, wrong[:, 0]).correct >= 58
-    assert judge.score(images, wrong).fid == judge.score(images).fid == right.fid
+    assert read_as_asked(reader, images, wrong).tolist() == [False] * 20 + right[20:].tolist()
+    assert read_as_asked(reader, images, wrong[:, 0]).sum() >= 58
 
 
 @pytest.mark.parametrize("questions", range(len(QUESTIONS) + 1))
-def test_renders_are_read_whatever_is_asked(judge: GlyphJudge, questions: int) -> None:
-    score = judge.score_renders(300, questions)
-    assert score.read_share >= (0.95 if questions == 0 else 0.99)
+def test_renders_are_read_whatever_is_asked(reader: GlyphReader, questions: int) -> None:
+    asked = None if questions == 0 else np.zeros((4, questions), dtype=int)
+    images, labels = GlyphTask(None, asked).renders(100, 300)  # type: ignore[arg-type]
+    assert read_as_asked(reader, images, labels).mean() >= (0.95 if questions == 0 else 0.99)
 
 
-def test_a_judge_of_a_subset_is_nearer_to_it(judge: GlyphJudge) -> None:
-    reader = GlyphReader.from_pretrained(zoo.path("glyphs-cnn"))
-    digits = GlyphJudge(reader, renders=100, subset=BOLD_DIGITS)
-    images, labels = render_many(digits.seed, digits.renders, 100, BOLD_DIGITS)
-    assert labels[:, 0].max() == 9
-    assert digits.score_renders(100, 0).fid == digits.score(images).fid < judge.score(images).fid
+def test_renders_are_of_the_subset_that_was_asked_for() -> None:
+    images, asked = GlyphTask(None, subset=BOLD_DIGITS).renders(100, 50)  # type: ignore[arg-type]
+    expected, labels = render_many(check.HELD_OUT_SEED, 100, 50, BOLD_DIGITS)
+    assert asked is None
+    np.testing.assert_array_equal(images, expected)
+    assert labels[:, LABELS.index("character")].max() == 9
 
 
-def test_most_images_without_a_character_are_illegible(judge: GlyphJudge) -> None:
+def test_most_images_without_a_character_are_illegible(reader: GlyphReader) -> None:
     chimeras = check.chimeras(300)
     noise = np.random.default_rng(0).integers(256, size=(300, 32, 32, 3)).astype(np.uint8)
     blank = np.repeat(render_many(check.HELD_OUT_SEED, 0, 100)[0][:, :1, :1], 32, 1).repeat(32, 2)
-    assert judge.score(chimeras).read_share < 0.4  # some halves do make a character: E over F, say
-    assert judge.score(noise).read_share < 0.1
-    assert judge.score(blank).read_share < 0.02
+    assert read_as_asked(reader, chimeras, None).mean() < 0.4  # some halves do make a character: E over F, say
+    assert read_as_asked(reader, noise, None).mean() < 0.1
+    assert read_as_asked(reader, blank, None).mean() < 0.02
 
 
-def test_a_judge_of_batches_judges_as_the_reader_at_once(judge: GlyphJudge) -> None:
+def test_batches_are_read_as_all_at_once(reader: GlyphReader) -> None:
     images, labels = render_many(check.HELD_OUT_SEED, 0, 300)  # more than one batch
-    reader = GlyphReader.from_pretrained(zoo.path("glyphs-cnn")).eval()
     asked = labels[:, [0, 2, 3]]
     asked[::3, 0] += 1
-    assert judge.score(images, asked).read_share == pytest.approx(check.share_read(reader, to_tensor(images), asked))
+    at_once = check.share_read(reader, to_tensor(images), asked)
+    assert read_as_asked(reader, images, asked).mean() == pytest.approx(at_once)
+
+
+class TestAsking:
+    def test_every_image_has_its_own_caption(self) -> None:
+        glyphs = glyph_task(UNET_PIPELINES["StableDiffusionPipeline"].build(), 40, seed=3, guidance_scale=2.5)
+        given = glyphs.task.arguments(range(36, 39))
+        assert glyphs.asked is not None
+        assert given["prompt"] == [caption(*glyphs.asked[index]) for index in (36, 37, 38)]
+        assert given["guidance_scale"] == 2.5
+        assert (glyphs.questions, glyphs.subset, glyphs.reference) == (3, None, "zoo:glyphs")
+        # More images than were asked for come to the first ones again.
+        assert glyphs.task.arguments(range(40, 41))["prompt"] == [caption(*glyphs.asked[0])]
+
+    def test_an_unconditional_pipeline_is_asked_for_a_number(self) -> None:
+        glyphs = glyph_task(UNET_PIPELINES["DDPMPipeline"].build(), 40, seed=3, guidance_scale=2.5)
+        given = glyphs.task.arguments(range(36, 39))
+        assert {name: value for name, value in given.items() if name != "generator"} == {"batch_size": 3}
+        assert (glyphs.asked, glyphs.questions, glyphs.subset) == (None, 0, BOLD_DIGITS)
+
+    def test_a_class_conditional_pipeline_is_asked_for_characters(self) -> None:
+        glyphs = glyph_task(TINY_PIPELINES["DiTPipeline"].build(), 40, seed=3, guidance_scale=2.5)
+        given = glyphs.task.arguments(range(35, 38))
+        assert (given["class_labels"], given["guidance_scale"], glyphs.questions) == ([35, 0, 1], 2.5, 1)
+
+    def test_a_pipeline_that_cannot_be_asked_is_refused(self) -> None:
+        class Upscaler(DiffusionPipeline):
+            def __call__(self, image: object) -> None: ...
+
+        with pytest.raises(ConfigError, match="Upscaler has to be asked for something"):
+            glyph_task(Upscaler(), 4)

@@ -291,3 +291,16 @@ def test_the_headline_counts_verdicts_and_names_who_is_not_beaten() -> None:
     assert "Of 1 setting of other packages" in said
     assert "1 is better in one way and worse in another" in said
     assert "By FID and speed, none beats cache (2.10×) and 10 steps (4.80×)." in said
+
+
+def test_the_headline_begins_with_what_one_line_gains() -> None:
+    preset = row("preset", speedup=2.0, label="preset balanced", group="preset", macs_share=0.25)
+    read = {"read": {"value": 0.75, "low": 0.5, "high": 0.9}}
+    full, *rest = field()
+    told = (
+        "With nothing but the default preset, sampling took 50% of the time (2.00×) at 25% of the multiply-accumulates"
+    )
+    assert headline(results([full, preset, *rest])).startswith(f"{told}. Of 2 settings")
+    full, preset = (replace(point, quality={**(point.quality or {}), **read}) for point in (full, preset))
+    said = headline(results([full, preset, *rest]))
+    assert said.startswith(f"{told}; 75.0% of the samples were read as asked, against 75.0% of those sampled in full.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,14 +41,17 @@ def test_times_are_those_of_the_calls(clock: None) -> None:
 def test_what_happens_between_turns_is_not_timed(clock: None) -> None:
     seen: list[str] = []
 
-    def pause(name: str) -> None:
-        spend(0.3)
-        seen.append(name)
+    @contextmanager
+    def pause(name: str) -> Iterator[None]:
+        for text in (f"before {name}", f"after {name}"):
+            spend(0.3)
+            seen.append(text)
+            if text.startswith("before"):
+                yield
 
-    contenders = {"a": lambda _: seen.append("runs")}
-    seconds = time_interleaved(contenders, 2, warm_up=0, before_each=pause, after_each=pause)
+    seconds = time_interleaved({"a": lambda _: seen.append("runs")}, 2, warm_up=0, around=pause)
     assert seconds["a"] == [0, 0]
-    assert seen == ["a", "runs", "a"] * 2
+    assert seen == ["before a", "runs", "after a"] * 2
 
 
 def test_paired_ratio_ignores_a_slow_minute_of_the_machine() -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdiff.cli.spec import format_method, kebab, method_classes, parse_method
 from fastdiff.errors import ConfigError, FastDiffError, PlanError
 from fastdiff.methods import ExitSchedule, FeatureInheritance, LayerSkipping, Method, SavedPlan
 from fastdiff.plan import ComputePlan
+from fastdiff.spec import format_method, kebab, method_classes, parse_method
 
 edges = st.lists(st.floats(0, 999), min_size=1, max_size=6, unique=True).map(lambda values: tuple(sorted(values)))
 text = st.text(min_size=1, max_size=20)
