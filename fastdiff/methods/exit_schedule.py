@@ -158,21 +158,33 @@ class ExitSchedule(Method):
             )
         return depths
 
+    def depths_for(self, backbone: Backbone, noise: np.ndarray) -> np.ndarray:
+        """Blocks of a denoiser to run at each timestep or log-SNR, those that always run among them.
+
+        Args:
+            backbone: the denoiser's units.
+            noise: values in this schedule's space, any shape.
+
+        Raises:
+            ConfigError: if depths that are not scaled are deeper than the model, or leave out what always runs.
+        """
+        depths = self.depth_at(noise, count_blocks(backbone))
+        least = least_depth(backbone, self.order)
+        if self.full is None and min(self.depths) < least:
+            raise ConfigError(
+                f"The exit schedule runs as few as {min(self.depths)} blocks, but of this {backbone.class_name} the "
+                f"first {least} always run under order={self.order!r}. Give larger depths, full=... to scale them, or "
+                "order='exit'."
+            )
+        return np.maximum(depths, least)
+
     def plan(self, request: PlanRequest) -> ComputePlan:
         """Each row leaves out what its timestep's depth says; where nothing runs to the end, it exits."""
         plan = request.full_plan(self)
         if self.is_neutral:
             return plan
-        backbone = request.backbone
-        least = least_depth(backbone, self.order)
-        depths = self.depth_at(self._noise(request.grid), count_blocks(backbone))
-        if self.full is None and depths.min() < least:
-            raise ConfigError(
-                f"The exit schedule runs as few as {depths.min()} blocks, but of this {backbone.class_name} the first "
-                f"{least} always run under order={self.order!r}. Give larger depths, full=... to scale them, or "
-                "order='exit'."
-            )
-        runs = running_units(backbone, np.maximum(depths, least), self.order)
+        depths = self.depths_for(request.backbone, self._noise(request.grid))
+        runs = running_units(request.backbone, depths, self.order)
         to_come = np.logical_or.accumulate(runs[:, ::-1], axis=1)[:, ::-1]
         table = np.where(runs, Action.COMPUTE, np.where(to_come, Action.SKIP, Action.EXIT))
         return ComputePlan(table, plan.units, plan.meta)

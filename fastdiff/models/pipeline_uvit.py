@@ -96,8 +96,10 @@ class UViTPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: what the callback's ``tensors`` hold; ``latents`` is all there is.
 
         Raises:
-            ConfigError: for classes that the model does not have, or guidance that it cannot give.
+            ConfigError: for classes that the model does not have, guidance that it cannot give, or no image at all.
         """
+        if set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ConfigError(f"A callback is given 'latents' alone; asked was {callback_on_step_end_tensor_inputs}.")
         labels = self._labels(class_labels, batch_size, guidance_scale)
         images = batch_size if labels is None else len(labels)
         device, dtype = self._execution_device, self.transformer.dtype
@@ -120,7 +122,7 @@ class UViTPipeline(DiffusionPipeline):
                 predicted = unconditional + guidance_scale * (conditional - unconditional)
             latents = self.scheduler.step(predicted, timestep, latents, **noise, return_dict=False)[0]
             if callback_on_step_end is not None:
-                tensors = {name: latents for name in callback_on_step_end_tensor_inputs if name == "latents"}
+                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                 latents = (callback_on_step_end(self, step, timestep, tensors) or {}).get("latents", latents)
         sampled = latents if output_type == "latent" else self._decode(latents.to(dtype), output_type)
         self.maybe_free_model_hooks()
@@ -128,6 +130,8 @@ class UViTPipeline(DiffusionPipeline):
 
     def _labels(self, given: Any, batch_size: int, guidance_scale: float) -> list[int] | None:
         """One class for each image, or None for a model without classes."""
+        if type(batch_size) is not int or batch_size < 1:
+            raise ConfigError(f"batch_size is a whole number from 1; got {batch_size!r}.")
         classes, null = self.transformer.config["num_classes"], self.transformer.null_label
         if self.transformer.config["context_dim"] is not None:
             raise ConfigError("UViTPipeline samples with classes or none; this UViT is conditioned on text.")

@@ -29,11 +29,6 @@ NAMES = [
 MODELS = pytest.mark.parametrize("name", NAMES)
 TIMESTEPS = (900, 500, 100, 700)
 SCHEDULE = ExitSchedule(bin_edges=(0, 300, 600, 800), depths=(4, 3, 2, 1), full=4)
-FOR_LONG_SKIPS = ExitSchedule(bin_edges=(0, 300, 600, 800), depths=(7, 6, 5, 4))
-
-
-def schedule_for(name: str) -> ExitSchedule:
-    return FOR_LONG_SKIPS if name == "UViT" else SCHEDULE
 
 
 def left_out(model: nn.Module, depth: int) -> list[str]:
@@ -47,8 +42,7 @@ def mixed_batch(name: str) -> tuple[dict[str, Any], torch.Tensor]:
     inputs = tiny.inputs(4, 0)
     unit = 1000 if inputs[tiny.timestep].max() <= 1 else 1
     inputs[tiny.timestep] = torch.tensor(TIMESTEPS, dtype=torch.float32) / unit
-    blocks = len(left_out(tiny.build(), 0))
-    return inputs, torch.tensor(schedule_for(name).depth_at(np.array(TIMESTEPS), blocks))
+    return inputs, torch.tensor(SCHEDULE.depths_for(view(tiny.build()), np.array(TIMESTEPS)))
 
 
 def sample_of(inputs: dict[str, Any], index: int) -> dict[str, Any]:
@@ -73,7 +67,7 @@ def test_training_forward_is_the_sampling_forward_of_each_sample(name: str) -> N
         kind = TINY_MODELS[name].timestep
         unit = timestep / sample[kind]
         calls = [sample | {kind: other / unit} for other in descending]
-        outputs, record = accelerate(model, calls, schedule_for(name), descending)
+        outputs, record = accelerate(model, calls, SCHEDULE, descending)
         row = descending.index(timestep)
         units = len(view(model).units)
         assert record.denoisers["denoiser"].plan.depths[row] == units - len(left_out(model, depths[index]))

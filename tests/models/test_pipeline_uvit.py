@@ -159,6 +159,8 @@ def test_callback_sees_and_changes_the_latents() -> None:
         (UNCONDITIONAL, [1], {}, "unconditional"),
         (UNCONDITIONAL, None, {"guidance_scale": 2.0}, "unconditional"),
         (UNCONDITIONAL | {"context_dim": 8}, None, {}, "conditioned on text"),
+        (UVIT, None, {"batch_size": 0}, "batch_size is a whole number from 1; got 0"),
+        (UVIT, [1], {"callback_on_step_end_tensor_inputs": ["noise"]}, "'latents' alone.*noise"),
         (UVIT, [1], {"latents": torch.zeros(2, 3, HEIGHT, HEIGHT)}, r"\(1, 3, 8, 8\).*\(2, 3, 8, 8\)"),
     ],
 )
