@@ -13,10 +13,10 @@ from torch import nn
 
 from fastdiff import ConfigError, FeatureInheritance, SkipTuning
 from fastdiff.backbones import view
-from fastdiff.cli.spec import format_method, parse_method
 from fastdiff.engine import Grid, sampling_run
 from fastdiff.methods import Method, PlanRequest
 from fastdiff.methods.skip_tuning import RHO_BY_EVALUATIONS
+from fastdiff.spec import format_method, parse_method
 from tiny.base import TinyModel, build
 from tiny.models import TINY_MODELS
 from tiny.plans import grid_of
