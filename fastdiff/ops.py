@@ -10,6 +10,7 @@ from fastdiff.kernels.dispatch import KernelInputError, KernelUnavailableError
 from fastdiff.kernels.geglu import geglu, gelu_tanh
 from fastdiff.kernels.group_norm_act import group_norm_act
 from fastdiff.kernels.lincomb import lincomb
+from fastdiff.kernels.qk_norm_rope import qk_norm_rope
 from fastdiff.kernels.residual_norm_modulate import residual_norm_modulate
 from fastdiff.kernels.rows import gather_rows, scatter_rows
 
@@ -21,6 +22,7 @@ __all__ = [
     "gelu_tanh",
     "group_norm_act",
     "lincomb",
+    "qk_norm_rope",
     "residual_norm_modulate",
     "scatter_rows",
 ]

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fastdiff.kernels import geglu, group_norm_act, lincomb, residual_norm_modulate, rows
+from fastdiff.kernels import geglu, group_norm_act, lincomb, qk_norm_rope, residual_norm_modulate, rows
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -47,18 +47,26 @@ def residual_block(layout: torch.memory_format, dtype: torch.dtype) -> None:
     group_norm_act.run(x, 32, weight, weight, skip, empty(2), time, time, time, "silu", 1e-5)
 
 
+def query(pairs: str, dtype: torch.dtype) -> None:
+    joint = empty(2, 4608, 24, 128, dtype=dtype)
+    angle = empty(4608, 128)
+    x, weight = empty(2, 4096, 24, 128, dtype=dtype), empty(128, dtype=dtype)
+    qk_norm_rope.run(x, weight, angle[512:], angle[512:], True, pairs, 1e-6, "fused", joint[:, 512:])
+
+
 def ones(dtype: torch.dtype) -> None:
     """Triton makes constants of arguments that equal 1, to which not everything applies that does to numbers."""
     one, line, row, image = (empty(*[1] * ndim, dtype=dtype) for ndim in (1, 2, 3, 4))
     geglu.run(line, False, "none", "fused")
     lincomb.run(empty(1, 1), (line,), None)
     rows.run(line, line, empty(1, dtype=torch.int64), True)
+    qk_norm_rope.run(image, one, None, None, True, "neighbours", 1e-6, "match_eager", None)
     residual_norm_modulate.run(row, row, row, one, one, row, row, one, empty(1), "rms", 1e-6, "match_eager")
     group_norm_act.run(image, 1, one, one, image, one, line, line, line, "silu", 1e-5)
 
 
 LAYOUTS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels last"}
-MODULES = (geglu, group_norm_act, lincomb, residual_norm_modulate, rows)
+MODULES = (geglu, group_norm_act, lincomb, qk_norm_rope, residual_norm_modulate, rows)
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "geglu": partial(feed_forward, "none"),
     "geglu tanh": partial(feed_forward, "tanh"),
@@ -66,6 +74,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "gather_rows": partial(some_samples, False),
     "scatter_rows": partial(some_samples, True),
     "lincomb": guided_step,
+    **{f"qk_norm_rope {pairs}": partial(query, pairs) for pairs in ("neighbours", "halves")},
     **{f"residual_norm_modulate {width}": partial(block_boundary, width) for width in (1152, 3072)},
     **{f"group_norm_act {name}": partial(residual_block, layout) for layout, name in LAYOUTS.items()},
     "ones": ones,
