@@ -7,12 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import UniDiffuserModel
 from torch import nn
 
 from fastdiff import Action, ComputePlan, ConfigError, ExitSchedule
 from fastdiff.backbones import view
+from fastdiff.methods import PlanRequest
 from fastdiff.methods.exit_schedule import ORDERS, exit_at_depths
 from fastdiff.models import UViT
+from tiny.base import build
 from tiny.models import TINY_MODELS
 from tiny.plans import grid_of, request_of
 from tiny.sampling import accelerate, calls_at, counting, evaluate, without
@@ -115,6 +118,15 @@ def test_exits_in_the_first_half_run_nothing_behind_them() -> None:
         last = 2 * depth - 4 if depth > 4 else depth
         gone = without(MODEL.build(), names[last:])
         assert torch.equal(predict(model, schedule_of(depth, "exit")), evaluate(gone, calls_at(MODEL, (500,)))[0][0])
+
+
+def test_diffusers_own_u_vit_keeps_its_skips_too() -> None:
+    config = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "num_layers": 6}
+    inputs = {"text_dim": 16, "clip_img_dim": 12, "num_text_tokens": 6, "sample_size": 8, "patch_size": 2}
+    backbone = view(build(UniDiffuserModel, config | inputs))
+    plan = schedule_of(5).plan(PlanRequest(backbone, grid_of((500,)), lambda: pytest.fail("asked for costs")))
+    left_out = [name for name, action in zip(plan.units, plan.table[0], strict=True) if action != Action.COMPUTE]
+    assert left_out == [f"transformer.transformer_out_blocks.{index}.block" for index in (1, 2)]
 
 
 def test_order_makes_no_difference_without_long_skips() -> None:
