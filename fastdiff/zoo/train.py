@@ -133,7 +133,7 @@ def _uvit(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     transformer = training_uvit.build_transformer()
     predict = training_uvit.denoiser_predictor(transformer, args.compile)
-    config = LoopConfig(args.steps, seed=args.seed, learning_rate=1e-3, warmup_steps=300, ema_decay=0.9995)
+    config = LoopConfig(args.steps, seed=args.seed, learning_rate=2e-3, warmup_steps=300, ema_decay=0.9995)
     loss = training_dit.denoiser_loss(predict, latents, labels[:, 0], args.batch_size, training_uvit.NULL_CLASS)
     fit(transformer, loss, config, args.work / "uvit")
     transformer.save_pretrained(args.work / "uvit" / "model")

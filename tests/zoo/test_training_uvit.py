@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from fastdiff import ExitSchedule, FastDiffPipeline
+from fastdiff.backbones import view
 from fastdiff.models import UViT, UViTPipeline
 from fastdiff.zoo import check, data, train, training, training_dit, training_uvit
 from fastdiff.zoo.training_loop import LoopConfig, fit
@@ -32,6 +33,12 @@ def test_shipped_size() -> None:
     assert model.null_label == training_uvit.NULL_CLASS == 36
     assert len(model.transformer_in_blocks) == len(model.transformer_out_blocks) == 6
     assert 2e6 < model.num_parameters() < 3e6
+
+
+def test_every_block_starts_as_the_identity(transformer: UViT) -> None:
+    tokens = torch.randn(2, 18, 16)
+    for unit in view(transformer).units:
+        assert unit.merges_skip or torch.equal(unit.module(tokens), tokens), unit.name
 
 
 def test_few_steps_lower_the_loss(transformer: UViT, tmp_path: Path) -> None:
