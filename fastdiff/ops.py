@@ -7,6 +7,7 @@ Every function takes tensors on any device and of any floating-point dtype, and 
 from __future__ import annotations
 
 from fastdiff.kernels.dispatch import KernelInputError, KernelUnavailableError
+from fastdiff.kernels.exit_head import exit_head
 from fastdiff.kernels.geglu import geglu, gelu_tanh
 from fastdiff.kernels.group_norm_act import group_norm_act
 from fastdiff.kernels.lincomb import lincomb
@@ -17,6 +18,7 @@ from fastdiff.kernels.rows import gather_rows, scatter_rows
 __all__ = [
     "KernelInputError",
     "KernelUnavailableError",
+    "exit_head",
     "gather_rows",
     "geglu",
     "gelu_tanh",

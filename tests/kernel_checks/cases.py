@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from fastdiff.kernels import geglu, group_norm_act, lincomb, qk_norm_rope, residual_norm_modulate, rows
+from fastdiff.kernels import exit_head, geglu, group_norm_act, lincomb, qk_norm_rope, residual_norm_modulate, rows
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -47,6 +47,13 @@ def residual_block(layout: torch.memory_format, dtype: torch.dtype) -> None:
     group_norm_act.run(x, 32, weight, weight, skip, empty(2), time, time, time, "silu", 1e-5)
 
 
+def output_layers(outputs: int, dtype: torch.dtype) -> None:
+    x, weight, bias = empty(2, 256, 1152, dtype=dtype), empty(outputs, 1152, dtype=dtype), empty(outputs, dtype=dtype)
+    scale, shift = empty(2, 2304, dtype=dtype).chunk(2, dim=1)
+    vector = empty(1152, dtype=dtype)
+    exit_head.run(x, weight, bias, vector, vector, scale, shift, 16, 2, "layer", 1e-6)
+
+
 def query(pairs: str, dtype: torch.dtype) -> None:
     joint = empty(2, 4608, 24, 128, dtype=dtype)
     angle = empty(4608, 128)
@@ -57,6 +64,7 @@ def query(pairs: str, dtype: torch.dtype) -> None:
 def ones(dtype: torch.dtype) -> None:
     """Triton makes constants of arguments that equal 1, to which not everything applies that does to numbers."""
     one, line, row, image = (empty(*[1] * ndim, dtype=dtype) for ndim in (1, 2, 3, 4))
+    exit_head.run(row, line, one, one, one, line, line, 1, 1, "rms", 1e-6)
     geglu.run(line, False, "none", "fused")
     lincomb.run(empty(1, 1), (line,), None)
     rows.run(line, line, empty(1, dtype=torch.int64), True)
@@ -66,8 +74,9 @@ def ones(dtype: torch.dtype) -> None:
 
 
 LAYOUTS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels last"}
-MODULES = (geglu, group_norm_act, lincomb, qk_norm_rope, residual_norm_modulate, rows)
+MODULES = (exit_head, geglu, group_norm_act, lincomb, qk_norm_rope, residual_norm_modulate, rows)
 CASES: dict[str, Callable[[torch.dtype], None]] = {
+    **{f"exit_head {outputs}": partial(output_layers, outputs) for outputs in (16, 32, 64)},
     "geglu": partial(feed_forward, "none"),
     "geglu tanh": partial(feed_forward, "tanh"),
     "gelu_tanh": activation,
