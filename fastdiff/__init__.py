@@ -23,7 +23,14 @@ from fastdiff.errors import (
 if TYPE_CHECKING:
     from fastdiff.engine import sampling_run
     from fastdiff.kernels.patching import optimize, restore
-    from fastdiff.methods import EncoderPropagation, ExitSchedule, FeatureInheritance, LayerSkipping, SkipTuning
+    from fastdiff.methods import (
+        EncoderPropagation,
+        ExitSchedule,
+        FeatureInheritance,
+        LayerSkipping,
+        SkipTuning,
+        UncertaintyExit,
+    )
     from fastdiff.pipelines import FastDiffPipeline, disable, disabled, enable, is_enabled
     from fastdiff.plan import Action, ComputePlan
 
@@ -44,6 +51,7 @@ __all__ = [
     "ProfileMismatchError",
     "SkipTuning",
     "StateError",
+    "UncertaintyExit",
     "UnsupportedBackboneError",
     "UnsupportedPipelineError",
     "disable",
@@ -63,6 +71,7 @@ _LAZY = {
     "FeatureInheritance": "fastdiff.methods",
     "LayerSkipping": "fastdiff.methods",
     "SkipTuning": "fastdiff.methods",
+    "UncertaintyExit": "fastdiff.methods",
     "FastDiffPipeline": "fastdiff.pipelines",
     "disable": "fastdiff.pipelines",
     "disabled": "fastdiff.pipelines",

@@ -86,7 +86,8 @@ class Acceleration:
     def __init__(self, pipe: DiffusionPipeline, methods: tuple[Method, ...], on_unsupported: str = "raise") -> None:
         if on_unsupported not in ("raise", "warn", "off"):
             raise ConfigError(f"on_unsupported is 'raise', 'warn' or 'off'; got {on_unsupported!r}.")
-        self.methods = methods
+        name = getattr(pipe.config, "_name_or_path", None)
+        self.methods = tuple(method.located(Path(name)) for method in methods) if name else methods
         self.active = True
         self.last_run: RunRecord | None = None
         self._pipe = pipe
@@ -241,8 +242,9 @@ class Acceleration:
         return {"schema_version": SCHEMA_VERSION, "denoisers": denoisers, "methods": methods}
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `fastdiff_config.json` into a pipeline folder."""
-        return write_json(Path(folder) / CONFIG_NAME, self.to_dict())
+        """Write `fastdiff_config.json` into a pipeline folder, and what the methods need besides."""
+        methods = [method.stored(Path(folder)).to_dict() for method in self.methods]
+        return write_json(Path(folder) / CONFIG_NAME, {**self.to_dict(), "methods": methods})
 
     def check_profile(self, data: Mapping[str, Any]) -> None:
         """Refuse a saved configuration that was made for other denoisers.

@@ -1,1 +1,7 @@
-"""Reserved for uncertainty estimation modules, which decide per sample where to stop. Empty in this version."""
+"""Uncertainty estimation modules, which tell for each sample where sampling may stop early."""
+
+from __future__ import annotations
+
+from fastdiff.uem.modules import ExitNorm, UncertaintyModule, UncertaintyModules, load_modules
+
+__all__ = ["ExitNorm", "UncertaintyModule", "UncertaintyModules", "load_modules"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,7 +30,8 @@ from fastdiff.engine.batching import (
 from fastdiff.engine.branches import Branch, BranchFinder
 from fastdiff.engine.cells import RowCells
 from fastdiff.engine.clock import Grid, StepClock
-from fastdiff.engine.hooks import InstalledHooks
+from fastdiff.engine.exits import ExitRule, Exits, HandOver, copies_in
+from fastdiff.engine.hooks import Cell, InstalledHooks
 from fastdiff.engine.kept import BranchState
 from fastdiff.engine.program import Batch, Program, lower
 from fastdiff.engine.record import Call, DenoiserRecord
@@ -45,6 +48,9 @@ Planner = Callable[[PlanRequest], ComputePlan]
 Scaler = Callable[[PlanRequest], SkipScales | None]
 """Says by how much they read their long skips scaled."""
 
+Ruler = Callable[[PlanRequest], ExitRule | None]
+"""Says when samples stop on their own."""
+
 
 class Executor:
     """Runs plans on one denoiser for one sampling call, between `open` and `close`.
@@ -54,6 +60,7 @@ class Executor:
         clock: the call's step clock.
         planner: makes the plan, once for each grid.
         scaler: says by how much long skips are scaled, once for each grid.
+        ruler: says when samples stop on their own, once for each grid.
         exit_heads: modules that turn the hidden state at an exit into one for the output layers, by unit name.
     """
 
@@ -63,6 +70,7 @@ class Executor:
         clock: StepClock,
         planner: Planner,
         scaler: Scaler,
+        ruler: Ruler,
         exit_heads: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.hooks = hooks
@@ -72,6 +80,7 @@ class Executor:
         self._clock = clock
         self._planner = planner
         self._scaler = scaler
+        self._ruler = ruler
         self._heads = dict(exit_heads or {})
         self._signature = inspect.signature(type(self.backbone.denoiser).forward)
         self._attached: list[Callable[[], None]] = []
@@ -82,6 +91,10 @@ class Executor:
         """Drop everything that belongs to the grid before."""
         self._program: Program | None = None
         self._skip_scales: SkipScales | None = None
+        self._rule: ExitRule | None = None
+        self._exits: Exits | None = None
+        self._depths: np.ndarray | None = None  # of the evaluation's first guidance branch
+        self._hand_overs: dict[frozenset[str], HandOver] = {}
         self._first_evaluation = 0
         self._branches: dict[Branch, BranchState] = {}
         self._finder = BranchFinder()
@@ -161,7 +174,7 @@ class Executor:
         if self._program is None and self._clock.grid is not None:
             self._start(self._clock.grid, arguments)
         self._clock.in_evaluation = True
-        self._answer = None
+        self._answer = self._exits = None
         branch = self._finder.find(self.context, arguments)
         state = self._state(branch, arguments)
         row = self._clock.evaluation - self._first_evaluation
@@ -183,7 +196,11 @@ class Executor:
 
     def after_call(self, output: Any) -> Any:
         """What the call returns instead of ``output``; None if that is what was asked for."""
-        if self._own_call or self._answer is None:
+        if self._own_call:
+            return None
+        if self._exits is not None:
+            self._note_exits(self._exits)
+        if self._answer is None:
             return None
         answer, self._answer = self._answer, None
         return answer()
@@ -195,6 +212,11 @@ class Executor:
             answer = state.answers.pop(row)
             self._answer = lambda: answer
             self.hooks.set_cells(self._cells.idle(state))
+            return
+        if self._rule is not None and program.computes_all(row):
+            self._exits = self._exits_of(self._rule, row, state, arguments)
+            self.hooks.set_cells([Cell(exits=self._exits, column=column) for column in range(len(self.hooks.hooks))])
+            self._scale_skips([row], arguments)
             return
         batch = program.batches.get(row)
         if batch is None or self._one_by_one(row, state, arguments):
@@ -262,6 +284,7 @@ class Executor:
         request = PlanRequest(self.backbone, grid.since(self._first_evaluation), self.record.measure)
         self._program = program = lower(self._planner(request), self.backbone)
         self._skip_scales = self._scaler(request)
+        self._rule = self._ruler(request)
         self._grid = request.grid
         self._cells = RowCells(program, self.backbone, self._heads)
         kinds = set(processors(self.backbone.denoiser))
@@ -275,6 +298,30 @@ class Executor:
         if state is None or state.layout != layout:
             state = self._branches[branch] = BranchState(layout, len(self.backbone.units))
         return state
+
+    # -- samples that stop on their own ------------------------------------------------------------------------------
+
+    def _exits_of(self, rule: ExitRule, row: int, state: BranchState, arguments: Mapping[str, Any]) -> Exits:
+        """Which samples run in the coming call; the guidance branches of an evaluation follow its first."""
+        sample = _sample(arguments)
+        if state.copies is None:
+            state.copies = 1 if sample is None else copies_in(sample)
+        given = frozenset(name for name, value in arguments.items() if value is not None)
+        hand_over = self._hand_overs.setdefault(given, HandOver(self.backbone))
+        heads = {self.backbone.names.index(name): head for name, head in self._heads.items()}
+        timestep = arguments.get(timestep_name(arguments) or "", 0)
+        samples = 0 if sample is None else sample.shape[0] // state.copies
+        followed = self._depths if self._depths is not None and len(self._depths) == samples else None
+        return Exits(rule, row, heads, timestep, state.copies, hand_over, followed)
+
+    def _note_exits(self, exits: Exits) -> None:
+        """Record what samples ran in the call that ended."""
+        call, depths = self.record.calls[-1], exits.depths
+        ran = np.arange(len(call.actions)) < depths.max()
+        actions = tuple(np.where(ran, Action.COMPUTE, Action.EXIT).tolist())
+        self.record.calls[-1] = dataclasses.replace(call, actions=actions, depths=depths)
+        self._depths = depths if self._depths is None else self._depths
+        self._exits = None
 
     # -- several evaluations at once ---------------------------------------------------------------------------------
 
@@ -342,6 +389,7 @@ class Executor:
     def next_evaluation(self) -> None:
         """Free what no later row reads and note how much is held."""
         self._finder.next_evaluation()
+        self._depths = None
         if self._program is None:
             return
         self._note_bytes()

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastdiff.backbones import Backbone, BlockIO, SkipSite, Unit
 from fastdiff.backbones.base import Streams
+from fastdiff.engine.exits import Exits
 from fastdiff.engine.kept import Kept, Reuse, Shape, transformed
 from fastdiff.engine.skips import Scale, scaled
 from fastdiff.errors import StateError
@@ -34,9 +35,23 @@ class Cell:
         head: turns the hidden state into one that the model's output layers can read, at an exit.
         rows: indices of the samples that the unit runs for, shape ``(active,)``; the others pass through.
         evaluations: number of evaluations that run as one batch.
+        exits: decides which samples still run, in place of all the above.
+        column: the unit's place, which ``exits`` goes by.
     """
 
-    __slots__ = ("compute", "evaluations", "head", "keeps", "opens", "plain", "reuse", "rows", "shape")
+    __slots__ = (
+        "column",
+        "compute",
+        "evaluations",
+        "exits",
+        "head",
+        "keeps",
+        "opens",
+        "plain",
+        "reuse",
+        "rows",
+        "shape",
+    )
 
     def __init__(
         self,
@@ -45,6 +60,8 @@ class Cell:
         rows: torch.Tensor | None = None,
         shape: Shape | None = None,
         evaluations: int = 1,
+        exits: Exits | None = None,
+        column: int = 0,
     ) -> None:
         self.compute = compute
         self.opens: list[Kept | Reuse] = []
@@ -54,6 +71,8 @@ class Cell:
         self.head = head
         self.rows = rows
         self.evaluations = evaluations
+        self.exits = exits
+        self.column = column
         self.plain = False  # a compiler guards on this value, and would guard on the identity of a cell
 
 
@@ -68,6 +87,7 @@ class UnitHook(ModelHook):
 
     def __init__(self, unit: Unit) -> None:
         super().__init__()
+        self.unit = unit
         self.io = unit.io
         self.fragile = unit.fragile
         self.shortcut = unit.shortcut
@@ -80,6 +100,8 @@ class UnitHook(ModelHook):
         cell = self.cell
         if cell.plain:
             return forward(*args, **kwargs)
+        if cell.exits is not None:
+            return cell.exits.run(cell.column, self.unit, forward, args, kwargs)
         if cell.rows is not None:
             assert self.io is not None
             return compute_rows(forward, self.io, cell.rows, args, kwargs)

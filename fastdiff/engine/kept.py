@@ -117,6 +117,7 @@ class BranchState:
         self.kept: dict[Key, Kept] = {}
         self.shapes = [Shape() for _ in range(units)]
         self.answers: dict[int, Any] = {}  # predictions made ahead of their rows
+        self.copies: int | None = None  # guidance branches in one batch, where that was asked for
         self.control: dict[str, Any] = {}  # what was added to the features that are kept
 
     def holds(self, key: Key) -> bool:

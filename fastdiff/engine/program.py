@@ -91,6 +91,10 @@ class Program:
         keeps = tuple(sorted(key.run for key in self.captures[row]))
         return tuple(self.plan.table[row].tolist()), reads, keeps
 
+    def computes_all(self, row: int) -> bool:
+        """Whether a row runs every unit and leaves nothing for later ones."""
+        return bool((self.plan.table[row] == Action.COMPUTE).all()) and not self.captures[row]
+
     def encoding_columns(self, batch: Batch) -> int:
         """How many columns of a batch's first row run before its decoder does: all up to the last that is kept."""
         return 1 + max(key.run.last for key in self.captures[batch.first]) if batch.encodes else 0

@@ -18,11 +18,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """One denoiser call: which evaluation, which guidance branch, and what each unit did."""
+    """One denoiser call: which evaluation, which guidance branch, and what each unit did.
+
+    Args:
+        evaluation: counted from 0, the noisiest.
+        branch: the guidance branch.
+        actions: of each unit; `Action.COMPUTE` if it ran for any sample.
+        depths: how many units each sample ran, int64 of shape ``(samples,)``, where samples stop on their own.
+    """
 
     evaluation: int
     branch: Branch
     actions: tuple[int, ...]
+    depths: np.ndarray | None = field(default=None, compare=False)
+
+    @property
+    def shares(self) -> np.ndarray:
+        """The share of the samples that each unit ran for, shape ``(units,)``."""
+        if self.depths is None:
+            return (np.array(self.actions) == Action.COMPUTE).astype(float)
+        return (np.arange(len(self.actions)) < self.depths[:, None]).mean(0)
 
 
 @dataclass
@@ -77,14 +92,14 @@ class DenoiserRecord:
 
     @property
     def skipped(self) -> int:
-        """Cells that were not computed."""
-        return sum(action != Action.COMPUTE for call in self.calls for action in call.actions)
+        """Cells that were not computed for every sample."""
+        return sum(int((call.shares < 1).sum()) for call in self.calls)
 
     @property
     def computed_share(self) -> float:
         """Share of all cells that were computed; 1.0 for a denoiser that was not called."""
-        cells = sum(len(call.actions) for call in self.calls)
-        return 1 - self.skipped / cells if cells else 1.0
+        shares = [call.shares.mean() for call in self.calls]
+        return float(np.mean(shares)) if shares else 1.0
 
     @property
     def macs(self) -> float | None:
@@ -92,7 +107,10 @@ class DenoiserRecord:
         if self.measure is None or not self.calls:
             return None
         costs = self.measure()
-        return sum(self._executed(branch).cost(costs).macs or 0.0 for branch in self.branches)
+        macs = sum(self._executed(branch).cost(costs).macs or 0.0 for branch in self.branches)
+        # A plan counts a unit for the whole batch if any sample ran it.
+        unspent = [(np.array(call.actions) == Action.COMPUTE) - call.shares for call in self.calls]
+        return macs - float((np.array(unspent) * costs.macs).sum())
 
     @property
     def macs_share(self) -> float | None:

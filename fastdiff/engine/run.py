@@ -17,11 +17,12 @@ from torch import nn
 from fastdiff.backbones import view
 from fastdiff.engine.clock import Grid, StepClock
 from fastdiff.engine.executor import Executor
+from fastdiff.engine.exits import ExitRule
 from fastdiff.engine.hooks import InstalledHooks
 from fastdiff.engine.record import RunRecord
 from fastdiff.engine.skips import SkipScales
 from fastdiff.errors import FastDiffNoEffectWarning
-from fastdiff.methods.base import Method, as_methods, level_of, make_planner
+from fastdiff.methods.base import Method, PlanRequest, as_methods, level_of, make_planner
 
 FEW_STEPS = 8
 """Below this many evaluations there is little to reuse between them."""
@@ -55,10 +56,15 @@ class SamplingRun:
         heads = {unit: head for method in self._methods for unit, head in method.exit_heads().items()}
         scaler = functools.partial(SkipScales.of, self._methods)
         self._executors = {
-            name: Executor(hooks, self.clock, planner, scaler, heads) for name, (_, hooks) in denoisers.items()
+            name: Executor(hooks, self.clock, planner, scaler, self._exit_rule, heads)
+            for name, (_, hooks) in denoisers.items()
         }
         records = {name: executor.record for name, executor in self._executors.items()}
         self.record = RunRecord(tuple(str(method) for method in self._methods), records)
+
+    def _exit_rule(self, request: PlanRequest) -> ExitRule | None:
+        rules = (method.exit_rule(request) for method in self._methods if not request.backbone.is_control)
+        return next(filter(None, rules), None)
 
     def tick(self) -> None:
         """End an evaluation by hand, in a loop that has no scheduler."""
@@ -94,9 +100,12 @@ class SamplingRun:
     def _warn_without_effect(self) -> None:
         if self.record.skipped or self.record.scaled or all(method.is_neutral for method in self._methods):
             return
-        reasons = {reason for record in self.record.denoisers.values() for reason in record.fallbacks}
+        records = self.record.denoisers.values()
+        reasons = {reason for record in records for reason in record.fallbacks}
         if not self.record.calls:
             reasons = {"no accelerated denoiser was called"}
+        elif not reasons and any(call.depths is not None for record in records for call in record.calls):
+            reasons = {"no sample was certain enough to stop"}
         elif not reasons and self.clock.grid is not None and len(self.clock.grid) <= FEW_STEPS:
             reasons = {f"{len(self.clock.grid)} evaluations are too few for this setting; see the plan"}
         why = "; ".join(sorted(reasons)) or "the plan computes every unit in every evaluation, and scales no long skip"

@@ -8,6 +8,7 @@ from fastdiff.methods.exit_schedule import ExitSchedule
 from fastdiff.methods.feature_inheritance import FeatureInheritance
 from fastdiff.methods.layer_skipping import LayerSkipping
 from fastdiff.methods.skip_tuning import SkipTuning
+from fastdiff.methods.uncertainty_exit import UncertaintyExit
 
 __all__ = [
     "EncoderPropagation",
@@ -18,5 +19,6 @@ __all__ = [
     "PlanRequest",
     "SavedPlan",
     "SkipTuning",
+    "UncertaintyExit",
     "as_methods",
 ]

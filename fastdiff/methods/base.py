@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from fastdiff.backbones import Backbone
     from fastdiff.cost import UnitCosts
     from fastdiff.engine.clock import Grid, LatentEdit
+    from fastdiff.engine.exits import ExitRule
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ class Method:
         """
         return None
 
+    def exit_rule(self, request: PlanRequest) -> ExitRule | None:
+        """When samples stop on their own in the evaluations to come; None for never."""
+        return None
+
     @property
     def scales_control(self) -> bool:
         """Whether what ControlNets add to a long skip is scaled with it."""
@@ -92,6 +98,14 @@ class Method:
     def exit_heads(self) -> Mapping[str, nn.Module]:
         """Modules that read the hidden state at an exit, by the name of the first unit that does not run."""
         return {}
+
+    def located(self, folder: Path) -> Method:
+        """The same for a pipeline that was loaded from a folder, which may hold what the method needs."""
+        return self
+
+    def stored(self, folder: Path) -> Method:
+        """Put what the method needs into a pipeline's folder; returns the method that finds it there."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-compatible form that `from_dict` reads."""

@@ -22,7 +22,9 @@ from fastdiff import (
     PlanError,
     ProfileMismatchError,
     SkipTuning,
+    UncertaintyExit,
 )
+from fastdiff.engine.exits import SCOPES
 from fastdiff.methods import Method, SavedPlan, as_methods
 from fastdiff.methods.base import make_planner
 from fastdiff.methods.encoder_propagation import KEY_SETS
@@ -37,6 +39,7 @@ EXAMPLES: dict[str, Method] = {
     "LayerSkipping": LayerSkipping(speedup=1.5, target_speedup=2.0),
     "SavedPlan": SavedPlan(plan_of([C, C], [C, R], a=1)),
     "SkipTuning": SkipTuning(rho=0.8, time="decreasing"),
+    "UncertaintyExit": UncertaintyExit(0.1, weights="trained", patience=2),
 }
 
 
@@ -102,6 +105,15 @@ PROPAGATIONS = st.builds(
     encoder_share=numbers(0, 1),
     order=st.integers(0, 3),
 )
+UNCERTAINTIES = st.builds(
+    UncertaintyExit,
+    threshold=numbers(0, 1),
+    weights=st.none() | st.text(),
+    scope=st.sampled_from(SCOPES),
+    patience=st.integers(1, 100),
+    lookahead=st.none() | st.integers(0, 9),
+    exits=st.lists(st.text(), max_size=3).map(tuple),
+)
 SAVED = st.builds(
     lambda table, meta: SavedPlan(plan_of(*table.tolist(), **meta)),
     tables(),
@@ -109,7 +121,7 @@ SAVED = st.builds(
 )
 
 
-@given(exit_schedules() | inheritances() | SKIPPINGS | PROPAGATIONS | SAVED)
+@given(exit_schedules() | inheritances() | SKIPPINGS | PROPAGATIONS | UNCERTAINTIES | SAVED)
 @settings(deadline=None)
 def test_settings_survive_json(method: Method) -> None:
     saved = json.loads(json.dumps(method.to_dict()))
@@ -149,7 +161,7 @@ def test_wrong_types_are_refused_for_every_field(cls: type[Method]) -> None:
     saved = EXAMPLES[cls.__name__].to_dict()
     for name in set(saved) - {"type"}:
         for wrong in ({"a": 1}, [["nested"]], 3.7, "text"):
-            if isinstance(wrong, str) and name == "heads":
+            if isinstance(wrong, str) and name in ("heads", "weights"):
                 continue  # a folder, looked at when it is needed
             if isinstance(wrong, float) and name in ("speedup", "target_speedup"):
                 continue
@@ -176,6 +188,7 @@ def test_text_says_the_method_and_what_was_set(cls: type[Method]) -> None:
         "LayerSkipping": ["speedup=1.5", "target_speedup=2.0"],
         "SavedPlan": ["2 evaluations", "2 units", "75%"],
         "SkipTuning": ["rho=0.8", "time='decreasing'"],
+        "UncertaintyExit": ["threshold=0.1", "weights='trained'", "patience=2"],
     }
     assert all(part in text for part in expected[cls.__name__])
     assert "dense" not in text, "defaults only lengthen it"

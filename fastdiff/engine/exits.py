@@ -1,0 +1,292 @@
+"""Samples that stop on their own: decided while a call runs, from the hidden state that a unit is about to read.
+
+The samples of a batch stop one by one. Those that go on are gathered into a smaller batch, so that the units after an
+exit have less to do; each sample is put back once, where it stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastdiff.backbones import Backbone, Unit
+from fastdiff.backbones.base import Streams
+from fastdiff.errors import StateError
+
+SCOPES = ("per_sample", "batch_mean", "batch_all")
+
+Scorer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Hidden state ``(rows, ...)`` and timesteps ``(rows,)`` to uncertainties in [0, 1], shape ``(rows,)``."""
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """When samples stop, for the evaluations of one grid.
+
+    Args:
+        scorers: by the column of the unit that would be the first not to run.
+        thresholds: a sample stops where its uncertainty is below, shape ``(evaluations, units)``; 0 asks nothing there,
+            and infinity stops every sample.
+        scope: one decision for each sample, or for the batch by its mean, or for the batch once all are below.
+        patience: times that an uncertainty must have been below.
+        lookahead: units that run between a decision and its effect, while it is read back from the device; None for 1
+            on accelerators and 0 on the CPU.
+    """
+
+    scorers: Mapping[int, Scorer]
+    thresholds: np.ndarray
+    scope: str = "per_sample"
+    patience: int = 1
+    lookahead: int | None = None
+
+
+class HandOver:
+    """For each unit whether its output reaches nothing but the next unit, unchanged: seen in calls, not assumed.
+
+    Where that is so, rows that stopped need not be put back into the batch between units.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        read = {name for unit in backbone.units for name in unit.traits.reads}
+        self._is_direct: list[bool | None] = [False if name in read else None for name in backbone.names]
+        self._is_direct[-1] = False
+
+    def is_direct(self, column: int) -> bool:
+        """Whether this is known of a unit."""
+        return bool(self._is_direct[column])
+
+    def learn(self, column: int, output: Streams, following: Streams) -> None:
+        """Note what the next unit was given after a unit's output."""
+        if self._is_direct[column] is not False:
+            self._is_direct[column] = _same(output, following)
+
+
+class Exits:
+    """Which samples still run in one denoiser call.
+
+    Args:
+        rule: when they stop.
+        row: the call's evaluation, counted as the rule's thresholds are.
+        heads: modules that turn the hidden state at an exit into one for the output layers, by column.
+        timestep: as the call gives it; a number, or a tensor of one value or of one for each row.
+        copies: how often the samples are in the batch, one guidance branch after the other; they stop together.
+        hand_over: what is known of the way from unit to unit.
+        depths: how many units each sample ran in another guidance branch of this evaluation, which this one follows.
+    """
+
+    def __init__(
+        self,
+        rule: ExitRule,
+        row: int,
+        heads: Mapping[int, nn.Module],
+        timestep: Any,
+        copies: int,
+        hand_over: HandOver,
+        depths: np.ndarray | None = None,
+    ) -> None:
+        self._rule = rule
+        self._thresholds = rule.thresholds[row]
+        self._heads = heads
+        self._timestep = timestep
+        self._copies = copies
+        self._hand_over = hand_over
+        self._follows = depths
+        self._batch = 0
+        self._active: list[int] = []  # samples that still run
+        self._rows: torch.Tensor | None = None  # their rows in the batch; None for all
+        self._compact: Streams = ()
+        self._last: Streams = ()  # what the unit before returned
+        self._taken: dict[int, tuple[Any, Any]] = {}
+        self._decisions: list[_Decision] = []
+
+    # -- what is told afterwards ---------------------------------------------------------------------------------------
+
+    @property
+    def depths(self) -> np.ndarray:
+        """How many units each sample ran, int64 of shape ``(samples,)``."""
+        return self._depths.copy()
+
+    # -- one unit after the other --------------------------------------------------------------------------------------
+
+    def run(self, column: int, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run a unit for the samples that have not stopped."""
+        assert unit.io is not None
+        whole = unit.io.read(args, kwargs)
+        if column == 0:
+            self._begin(whole[0])
+        elif self._rows is None:
+            self._hand_over.learn(column - 1, self._last, whole)
+        compact = self._compact_of(column, whole)
+        if leaving := self._leaving(column, compact[0]):
+            whole, compact = self._stop(column, leaving, whole, compact)
+        if self._rows is None:
+            output = forward(*args, **kwargs)
+            self._last = unit.io.parse(output)
+            return output
+        if self._active:
+            arguments = self._arguments(unit, compact, args, kwargs)
+            self._compact = unit.io.parse(forward(*arguments[0], **arguments[1]))
+            if not self._hand_over.is_direct(column):
+                whole = _put(whole, self._rows, self._compact)
+        elif unit.fragile:  # the denoiser may write into what it is handed back
+            whole = tuple(stream if stream is None else stream.clone() for stream in whole)
+        self._last = whole
+        return unit.io.build(whole)
+
+    def _begin(self, stream: torch.Tensor) -> None:
+        self._batch = stream.shape[0]
+        samples = self._batch // self._copies
+        self._active = list(range(samples))
+        self._depths = np.full(samples, self._thresholds.shape[0])
+        self._passes = torch.zeros(samples, dtype=torch.int32, device=stream.device)
+        on_host = stream.device.type == "cpu"
+        self._lookahead = (0 if on_host else 1) if self._rule.lookahead is None else self._rule.lookahead
+
+    def _compact_of(self, column: int, whole: Streams) -> Streams:
+        """The streams of the samples that still run."""
+        if self._rows is None:
+            return whole
+        if not (self._active and self._hand_over.is_direct(column - 1)):
+            return tuple(self._take(stream) for stream in whole)
+        if not _same(whole, self._last):
+            raise StateError(
+                "The denoiser changed the hidden state between two of its blocks in one call and not in another, so "
+                "that samples cannot exit one by one. Use scope='batch_mean' or 'batch_all'."
+            )
+        return self._compact
+
+    def _arguments(self, unit: Unit, compact: Streams, args: tuple[Any, ...], kwargs: Any) -> tuple[Any, Any]:
+        """A unit's arguments, cut to the samples that still run."""
+        assert unit.io is not None
+        positions = dict(zip(unit.io.positions, compact, strict=True))
+        named = dict(zip(unit.io.streams, compact, strict=True))
+        return (
+            tuple(positions[index] if index in positions else self._take(value) for index, value in enumerate(args)),
+            {name: named[name] if name in named else self._take(value) for name, value in kwargs.items()},
+        )
+
+    def _take(self, value: Any) -> Any:
+        """The active rows of whatever has one for each of the batch; the same value is cut once."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._take, value))
+        if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != self._batch:
+            return value
+        if id(value) not in self._taken:
+            self._taken[id(value)] = value, value.index_select(0, self._rows)  # type: ignore[arg-type]
+        return self._taken[id(value)][1]
+
+    # -- stopping ------------------------------------------------------------------------------------------------------
+
+    def _leaving(self, column: int, hidden: torch.Tensor) -> list[int]:
+        """The samples that stop before this unit."""
+        if self._follows is not None:
+            return [sample for sample in self._active if self._follows[sample] <= column]
+        if self._active and column in self._rule.scorers and self._thresholds[column] > 0:
+            self._decisions.append(self._decide(column, hidden))
+        leaving: set[int] = set()
+        while self._decisions and self._decisions[0].column <= column - self._lookahead:
+            leaving.update(self._decisions.pop(0).leaving())
+        return [sample for sample in self._active if sample in leaving]
+
+    def _decide(self, column: int, hidden: torch.Tensor) -> _Decision:
+        threshold = self._thresholds[column]
+        if np.isinf(threshold):
+            below = torch.ones(len(self._active), dtype=torch.bool, device=hidden.device)
+        else:
+            uncertainty = self._rule.scorers[column](hidden, self._timesteps(hidden))
+            uncertainty = uncertainty.view(self._copies, len(self._active))
+            below = self._reduced(uncertainty) < threshold
+        samples = slice(None) if self._rows is None else self._rows[: len(self._active)]
+        self._passes[samples] += below
+        return _Decision(column, tuple(self._active), self._passes[samples] >= self._rule.patience)
+
+    def _reduced(self, uncertainty: torch.Tensor) -> torch.Tensor:
+        """One uncertainty for each sample, of those of its copies, shape ``(copies, samples)``."""
+        if self._rule.scope == "batch_mean":
+            return uncertainty.mean().expand(uncertainty.shape[1])
+        if self._rule.scope == "batch_all":
+            return uncertainty.amax().expand(uncertainty.shape[1])
+        return uncertainty.amax(0)
+
+    def _timesteps(self, hidden: torch.Tensor) -> torch.Tensor:
+        timestep = torch.as_tensor(self._timestep, device=hidden.device)
+        if timestep.ndim and timestep.shape[0] == self._batch:
+            return timestep if self._rows is None else self._take(timestep)
+        return timestep.reshape(-1)[:1].expand(hidden.shape[0])
+
+    def _stop(self, column: int, leaving: Sequence[int], whole: Streams, compact: Streams) -> tuple[Streams, Streams]:
+        """Put samples back that stop here, and go on with the others."""
+        device = compact[0].device
+        self._depths[list(leaving)] = column
+        gone = set(leaving)
+        stay = [place for place, sample in enumerate(self._active) if sample not in gone]
+        leave = [place for place, sample in enumerate(self._active) if sample in gone]
+        samples, before = self._batch // self._copies, len(self._active)
+        stopped = tuple(self._rows_of(stream, leave, before) for stream in compact)
+        if (head := self._heads.get(column)) is not None:
+            stopped = (head(stopped[0]), *stopped[1:])
+        whole = _put(whole, _every_copy(leaving, samples, self._copies, device), stopped)
+        compact = tuple(self._rows_of(stream, stay, before) for stream in compact)
+        self._active = [self._active[place] for place in stay]
+        self._rows = _every_copy(self._active, samples, self._copies, device)
+        self._taken.clear()
+        return whole, compact
+
+    def _rows_of(self, stream: Any, places: Sequence[int], samples: int) -> Any:
+        return (
+            None
+            if stream is None
+            else stream.index_select(0, _every_copy(places, samples, self._copies, stream.device))
+        )
+
+
+class _Decision:
+    """Which samples stop, on its way from the device."""
+
+    def __init__(self, column: int, samples: tuple[int, ...], stops: torch.Tensor) -> None:
+        self.column = column
+        self._samples = samples
+        self._ready: torch.cuda.Event | None = None
+        self._stops = stops
+        if stops.is_cuda:
+            self._stops = torch.empty(stops.shape, dtype=stops.dtype, pin_memory=True)
+            self._stops.copy_(stops, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def leaving(self) -> list[int]:
+        """The samples that stop; waits for the device where it has not said so yet."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return [sample for sample, stops in zip(self._samples, self._stops.tolist(), strict=True) if stops]
+
+
+def _every_copy(places: Sequence[int], size: int, copies: int, device: torch.device) -> torch.Tensor:
+    """Row numbers of some places in every one of ``copies`` parts of ``size`` rows."""
+    rows = [copy * size + place for copy in range(copies) for place in places]
+    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def _same(output: Streams, following: Streams) -> bool:
+    return len(output) == len(following) and all(a is b for a, b in zip(output, following, strict=True))
+
+
+def _put(whole: Streams, rows: torch.Tensor, part: Streams) -> Streams:
+    """Streams with some rows replaced."""
+    pairs = zip(whole, part, strict=True)
+    return tuple(None if new is None else old.index_copy(0, rows, new.to(old.dtype)) for old, new in pairs)
+
+
+def copies_in(sample: torch.Tensor) -> int:
+    """How often a batch holds the same samples, one guidance branch after the other; waits for the device."""
+    for copies in (3, 2):
+        if sample.shape[0] % copies == 0:
+            first, *others = sample.chunk(copies)
+            if all(torch.equal(first, other) for other in others):
+                return copies
+    return 1

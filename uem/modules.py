@@ -1,0 +1,194 @@
+"""Uncertainty modules: small linear probes that tell, before each exit, how wrong the prediction would be there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from fastdiff.engine.heads import ExitHead
+from fastdiff.errors import ConfigError, ProfileMismatchError
+
+if TYPE_CHECKING:
+    from fastdiff.backbones import Backbone
+
+TIMESTEP_CHANNELS = 256
+"""Channels of the sinusoids that stand for a timestep."""
+
+HEADS = ("shared", "per_exit_norm", "per_exit")
+"""Who reads the hidden state at an exit: the model's own output layers; these after a norm of the exit's own; or these
+after a low-rank correction of the exit's own."""
+
+
+class UncertaintyModule(nn.Module):
+    """One exit's estimate of how far its prediction is from the truth (DeeDiff, arXiv 2309.17074, section 3.2).
+
+    A linear layer on each token, ``sigmoid(W h + b + V time)``, gives one uncertainty for each number that the token's
+    part of the prediction consists of. No gradient reaches the hidden state. ``V`` starts at zero, where the module is
+    the one of the released code, which knows no timestep.
+
+    Args:
+        width: channels of the hidden state.
+        outputs: numbers that a token stands for in the prediction, such as ``patch_size ** 2 * channels``.
+        timestep_aware: whether there is a ``V``.
+    """
+
+    def __init__(self, width: int, outputs: int, timestep_aware: bool = True) -> None:
+        super().__init__()
+        self.probe = nn.Linear(width, outputs)
+        self.time = nn.Linear(TIMESTEP_CHANNELS, outputs, bias=False) if timestep_aware else None
+        nn.init.trunc_normal_(self.probe.weight, std=0.02)
+        nn.init.zeros_(self.probe.bias)
+        if self.time is not None:
+            nn.init.zeros_(self.time.weight)
+
+    def forward(self, tokens: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Uncertainty of every number of the prediction, in (0, 1), float32 of shape ``(batch, tokens, outputs)``.
+
+        Args:
+            tokens: those of the hidden state that the prediction is made of, shape ``(batch, tokens, width)``.
+            timesteps: in the units of the denoiser's own, shape ``(batch,)``.
+        """
+        weight = self.probe.weight
+        logits = self.probe(tokens.detach().to(weight.dtype)).float()
+        if self.time is not None:
+            sinusoids = get_timestep_embedding(
+                timesteps, TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0
+            )
+            logits = logits + self.time(sinusoids.to(weight.dtype)).float()[:, None]
+        return logits.sigmoid()
+
+
+class ExitNorm(nn.Module):
+    """A norm of an exit's own in front of the model's: ``h + scale * norm(h) + shift``; the identity until trained.
+
+    The output layers begin with a norm of their own, so that this comes to giving them another scale and shift.
+
+    Args:
+        width: channels of the hidden state.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Correct a hidden state of shape ``(..., width)``; keeps its dtype."""
+        return hidden_states + self.norm(hidden_states.to(self.norm.weight.dtype)).to(hidden_states.dtype)
+
+
+class UncertaintyModules(ModelMixin, ConfigMixin):
+    """The uncertainty modules of a denoiser, one for each exit, and the exits' heads.
+
+    ``save_pretrained`` and ``from_pretrained`` keep them as safetensors beside a config that names the denoiser.
+
+    Args:
+        backbone: class name of the denoiser that they were made for.
+        units: number of its units.
+        exits: names of the units before which a sample may stop, in execution order.
+        width: channels of the hidden state.
+        outputs: numbers that a token stands for in the prediction.
+        extra_tokens: tokens at the front of the hidden state that the prediction is not made of.
+        timestep_aware: whether the modules know the timestep.
+        heads: ``"shared"``, ``"per_exit_norm"`` or ``"per_exit"``.
+        rank: channels of the corrections of ``"per_exit"``.
+
+    Raises:
+        ConfigError: for other heads, or no exit at all.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        backbone: str,
+        units: int,
+        exits: list[str],
+        width: int,
+        outputs: int,
+        extra_tokens: int = 0,
+        timestep_aware: bool = True,
+        heads: str = "shared",
+        rank: int = 32,
+    ) -> None:
+        super().__init__()
+        if heads not in HEADS:
+            raise ConfigError(f"heads is one of {', '.join(map(repr, HEADS))}; got {heads!r}.")
+        if not exits or len(set(exits)) != len(exits):
+            raise ConfigError(f"exits are the names of units, each once and at least one; got {exits!r}.")
+        self.uncertainty = nn.ModuleList(UncertaintyModule(width, outputs, timestep_aware) for _ in exits)
+        kinds: dict[str, Callable[[int], nn.Module]] = {
+            "shared": nn.Identity,
+            "per_exit_norm": ExitNorm,
+            "per_exit": partial(ExitHead, rank=rank),
+        }
+        self.exit_heads = nn.ModuleList(kinds[heads](width) for _ in exits)
+
+    @property
+    def exits(self) -> list[str]:
+        """Names of the units before which a sample may stop."""
+        return list(self.config["exits"])
+
+    def tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The tokens of a hidden state that the prediction is made of, shape ``(batch, tokens, width)``."""
+        return hidden_states[:, self.config["extra_tokens"] :]
+
+    def maps(self, exit: int, hidden_states: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """One exit's uncertainty, float32 of shape ``(batch, tokens, outputs)``.
+
+        Args:
+            exit: number of the exit.
+            hidden_states: what its unit is about to read, shape ``(batch, all tokens, width)``.
+            timesteps: shape ``(batch,)``.
+        """
+        module = self.uncertainty[exit]
+        if next(module.parameters()).device != hidden_states.device:
+            module.to(hidden_states.device)
+        uncertainty: torch.Tensor = module(self.tokens(hidden_states), timesteps)
+        return uncertainty
+
+    def score(self, exit: int, hidden_states: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """One exit's mean uncertainty for each sample, in (0, 1), float32 of shape ``(batch,)``."""
+        return self.maps(exit, hidden_states, timesteps).mean((1, 2))
+
+    def heads_by_unit(self) -> Mapping[str, nn.Module]:
+        """The exits' own heads by the name of the unit they stand before; none where the model's are shared."""
+        return {} if self.config["heads"] == "shared" else dict(zip(self.exits, self.exit_heads, strict=True))
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse a denoiser that they were not made for.
+
+        Raises:
+            ProfileMismatchError: naming what differs.
+        """
+        made_for = self.config["backbone"], self.config["units"]
+        found = backbone.class_name, len(backbone.units)
+        missing = set(self.exits) - set(backbone.names)
+        if made_for != found or missing:
+            here = f"; it has no {', '.join(sorted(missing))}" if missing else ""
+            raise ProfileMismatchError(
+                f"These uncertainty modules are for {made_for[0]} of {made_for[1]} units, this denoiser is "
+                f"{found[0]} of {found[1]}{here}. Train modules for it: fastdiff train-uem --help."
+            )
+
+
+def load_modules(folder: str | os.PathLike[str]) -> UncertaintyModules:
+    """Read what ``UncertaintyModules.save_pretrained`` wrote.
+
+    Raises:
+        ConfigError: if the folder holds none, or they are damaged.
+    """
+    try:
+        # A damaged file is whatever safetensors and diffusers say about it.
+        return UncertaintyModules.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
+    except Exception as error:
+        raise ConfigError(
+            f"{os.fspath(folder)!r} holds no uncertainty modules (UncertaintyModules.save_pretrained): {error}"
+        ) from error
