@@ -15,14 +15,15 @@ from diffusers import DiTTransformer2DModel
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastdiff import Action, ConfigError, LayerSkipping
+from fastdiff import Action, ComputePlan, ConfigError, LayerSkipping
 from fastdiff.backbones import view
 from fastdiff.cost import UnitCosts
+from fastdiff.methods import PlanRequest
 from tiny.base import build
 from tiny.image import DIT
 from tiny.models import TINY_MODELS
 from tiny.plans import C, R, S, names, request_of
-from tiny.sampling import accelerate, calls_at, counting
+from tiny.sampling import accelerate, calls_at, counting, evaluate, without
 
 SPEEDUPS = [Fraction(tenths, 10) for tenths in range(10, 101)]
 
@@ -146,6 +147,53 @@ def test_blocks_run_as_planned_whatever_the_input() -> None:
         executed.append(counted.table(units))
     assert np.array_equal(*executed)
     assert executed[0].sum(axis=1).tolist() == [12, 4, 4, 4, 12]
+
+
+# -- long skips --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", ["reuse", "skip"])
+def test_every_long_skip_is_merged_at_every_evaluation(fill: str) -> None:
+    tiny = TINY_MODELS["UViT"]
+    model = tiny.build()
+    backbone = view(model)
+    merges = np.array([unit.merges_skip for unit in backbone.units])
+    timesteps = (900, 700, 500, 300, 100)
+    calls = calls_at(tiny, timesteps)
+    with counting(model, backbone.names, calls[0]) as counted:
+        outputs, _ = accelerate(model, calls, LayerSkipping(speedup=2, interval=4, fill=fill), timesteps)
+    ran = counted.table(backbone.names)
+    assert ran[:, merges].all()
+    assert ran[:, ~merges].sum(axis=1).tolist() == [7, 3, 3, 3, 7]
+    if fill == "skip":  # each block that is left out passes on what it is given, and its long skip stays
+        for row, output in enumerate(outputs):
+            gone = [name for name, count in zip(backbone.names, ran[row], strict=True) if not count]
+            assert torch.equal(output[0], evaluate(without(tiny.build(), gone), [calls[row]])[0][0])
+
+
+@pytest.mark.parametrize("variant", ["even", "paper"])
+def test_units_that_merge_long_skips_are_no_layers(variant: str) -> None:
+    method = LayerSkipping(speedup=2, variant=variant)
+    backbone = view(TINY_MODELS["UViT"].build())
+    layers = [not unit.merges_skip for unit in backbone.units]
+    request = request_of(sum(layers), 9)
+    plan = method.plan(PlanRequest(backbone, request.grid, request.costs))
+    assert np.array_equal(plan.table[:, layers], method.plan(request).table)
+
+
+def test_target_is_solved_over_the_layers() -> None:
+    backbone = view(TINY_MODELS["UViT"].build())
+    units = len(backbone.names)
+    latency = np.where([unit.merges_skip for unit in backbone.units], 5.0, 1.0)
+    costs = UnitCosts(backbone.names, np.ones(units), 0.0, latency, 0.0)
+
+    def plan_for(target: float) -> ComputePlan:
+        method = LayerSkipping(target_speedup=target, interval=0)
+        return method.plan(PlanRequest(backbone, request_of(1, 1001).grid, lambda: costs))
+
+    assert plan_for(1.09).depths[1:].tolist() == [8] * 1000  # 22 s become 20 s: two of seven layers go
+    with pytest.raises(ConfigError, match=r"at most 1\.29 is possible"):  # five layers of 22 s go at most
+        plan_for(1.4)
 
 
 # -- a speedup to reach ------------------------------------------------------------------------------------------------
