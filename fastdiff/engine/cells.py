@@ -37,7 +37,7 @@ class RowCells:
 
     def are_possible(self, row: int, state: BranchState) -> bool:
         """Whether the shapes of all outputs are known that this row leaves out."""
-        actions = enumerate(self._program.plan.table[row])
+        actions = enumerate(self._program.plan.rows[row])
         return all(self._is_known(state, column) for column, action in actions if action == Action.DROP)
 
     def _is_known(self, state: BranchState, column: int) -> bool:
@@ -68,7 +68,7 @@ class RowCells:
         """Cells for several evaluations that do what this row does, as one batch; nothing is kept of them."""
         exits = False
         cells = []
-        for column, action in enumerate(self._program.plan.table[row]):
+        for column, action in enumerate(self._program.plan.rows[row]):
             if action == Action.COMPUTE:
                 cells.append(self._computing(state, column) if len(evaluations) == 1 else COMPUTE)
             elif action == Action.DROP:

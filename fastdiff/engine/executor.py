@@ -190,7 +190,7 @@ class Executor:
         else:
             held = self._hold_control(self._program, row, state, arguments)
             self._arm(self._program, row, state, arguments | (held or {}))
-            actions = self._program.plan.table[row].tolist()
+            actions = self._program.plan.rows[row]
         self.record.calls.append(Call(self._clock.evaluation, branch, tuple(actions)))
         return None if held is None else ((), arguments | held)
 

@@ -89,11 +89,11 @@ class Program:
         """What distinguishes a row from another for a compiler."""
         reads = tuple((reading.run, len(reading.sources)) for reading in self.readings[row])
         keeps = tuple(sorted(key.run for key in self.captures[row]))
-        return tuple(self.plan.table[row].tolist()), reads, keeps
+        return tuple(self.plan.rows[row]), reads, keeps
 
     def computes_all(self, row: int) -> bool:
         """Whether a row runs every unit and leaves nothing for later ones."""
-        return bool((self.plan.table[row] == Action.COMPUTE).all()) and not self.captures[row]
+        return set(self.plan.rows[row]) == {Action.COMPUTE} and not self.captures[row]
 
     def encoding_columns(self, batch: Batch) -> int:
         """How many columns of a batch's first row run before its decoder does: all up to the last that is kept."""
@@ -131,7 +131,7 @@ def _readings(plan: ComputePlan, row: int, segments: Sequence[Any]) -> list[Read
     """Group a row's reused units into the longest runs with one action, one segment and the same source rows."""
     readings: list[Reading] = []
     previous: tuple[Any, ...] | None = None
-    for column, action in enumerate(plan.table[row]):
+    for column, action in enumerate(plan.rows[row]):
         if action not in READS_CACHE:
             previous = None
             continue
