@@ -76,12 +76,17 @@ class Results:
         timing = self.timing(point)
         return None if timing is None else timing.speedup.median
 
-    def dominated(self, criterion: str) -> set[str]:
-        """Keys of the points that another is at least as fast as and at least as good, and better in one of them."""
+    def dominated(self, criterion: str, among: Sequence[Point] | None = None) -> set[str]:
+        """Keys of the points that another is at least as fast as and at least as good, and better in one of them.
+
+        Args:
+            criterion: what is good.
+            among: the points that are compared; None for all.
+        """
         better = CRITERIA[criterion].better
         places = {
             point.key: (self.speedup(point) or 0.0, better * point.quality[criterion]["value"])
-            for point in self.measured
+            for point in (self.measured if among is None else among)
             if point.quality and criterion in point.quality and self.speedup(point) is not None
         }
         return {

@@ -42,7 +42,8 @@ LABEL_PLACES = [(x, y) for y in (5, -5, 14, -14, 24, -24, 36, -36) for x in (5, 
 def draw_trade_off(results: Results, criterion: str) -> Figure:
     """A criterion against speedup: one line for each group, fewer steps and other packages among them.
 
-    Points that another beats in both are faded; those that none beats carry their names.
+    A line goes through the points of its group that no other of the group beats in both. Points that another of any
+    group beats are faded; those that none beats carry their names.
     """
     from matplotlib import pyplot
 
@@ -52,8 +53,9 @@ def draw_trade_off(results: Results, criterion: str) -> Figure:
     styles = _styles(shown)
     for group, (color, marker, line) in styles.items():
         members = sorted((p for p in shown if group_of(p) == group), key=lambda point: results.speedup(point) or 0.0)
-        places = [_place(results, point, criterion) for point in members]
-        axes.plot(*zip(*places, strict=True), line, color=color, linewidth=1, alpha=0.5)
+        beaten = results.dominated(criterion, members)
+        best = [_place(results, point, criterion) for point in members if point.key not in beaten]
+        axes.plot(*zip(*best, strict=True), line, color=color, linewidth=1, alpha=0.5)
         axes.plot([], [], marker, color=color, linestyle=line, linewidth=1, label=group)
         for point in members:
             _draw_point(axes, results, point, criterion, color, marker, point.key in dominated)

@@ -178,6 +178,14 @@ def test_a_plot_fades_what_is_dominated_and_names_the_rest() -> None:
     assert styles == {"Full sampling": "-", "Skipping": "-", "cache": ":", "Fewer steps": "--"}
 
 
+def test_a_line_goes_through_the_points_that_none_of_their_group_beats() -> None:
+    places = {"best": (1.5, 9.0), "beaten": (1.6, 14.0), "fast": (3.0, 12.0)}
+    points = [row(name, speedup=x, fid=y, group="skipping") for name, (x, y) in places.items()]
+    (axes,) = draw_trade_off(results([*field(), *points]), "fid").axes
+    lines = [line.get_xydata().tolist() for line in axes.lines if line.get_linestyle() == "-"]
+    assert [[1.5, 9.0], [2.0, 10.1], [3.0, 12.0]] in lines
+
+
 def test_labels_of_a_plot_do_not_overlap() -> None:
     crowd = [row(f"r{i}", speedup=1.5 + i / 100, fid=10 + i / 40, label=f"a rather long label {i}") for i in range(12)]
     figure = draw_trade_off(results([row("full", group="full", speedup=1.0, fid=9.0), *crowd]), "fid")
