@@ -28,16 +28,17 @@ DESCRIPTION = """\
 Makes the zoo's models from nothing: glyph images, the reader that judges them, the autoencoder and the denoisers. Run
 the commands in this order; each says what it needs:
 
-  data    render the training images once (a minute)
-  vae     train the autoencoder                             needs data
-  reader  train the reader                                  needs data
-  dit     train the transformer on the VAE's latents        needs data, vae
-  ase     fine-tune it to exit early                        needs dit
-  uvit    train a U-ViT on the VAE's latents                needs data, vae
-  sd      train UNet and text encoder on the VAE's latents  needs data, vae
-  ddpm    train the unconditional UNet on pixels, digits    needs data
-  export  write plain diffusers folders in float16          needs what it writes
-  check   count how many samples the reader can read
+  data      render the training images once (a minute)
+  vae       train the autoencoder                             needs data
+  reader    train the reader                                  needs data
+  dit       train the transformer on the VAE's latents        needs data, vae
+  ase       fine-tune it to exit early                        needs dit
+  uvit      train a U-ViT on the VAE's latents                needs data, vae
+  uvit-ase  fine-tune it to exit early                        needs uvit
+  sd        train UNet and text encoder on the VAE's latents  needs data, vae
+  ddpm      train the unconditional UNet on pixels, digits    needs data
+  export    write plain diffusers folders in float16          needs what it writes
+  check     count how many samples the reader can read
 
 Training writes a checkpoint every few hundred steps; the same command continues after an interruption and ends with
 the weights that an uninterrupted run would have."""
@@ -120,12 +121,15 @@ def _ase(args: argparse.Namespace) -> None:
     training_dit.disable_label_dropout(transformer)
     training_dit.freeze_timestep_embedders(transformer)
     predict = training_dit.denoiser_predictor(transformer, ASE_SCHEDULE, args.compile)
-    config = LoopConfig(
+    loss = training_dit.denoiser_loss(predict, latents, labels[:, 0], args.batch_size)
+    fit(transformer, loss, _fine_tuning(args), args.work / "ase")
+    transformer.save_pretrained(args.work / "ase" / "model")
+
+
+def _fine_tuning(args: argparse.Namespace) -> LoopConfig:
+    return LoopConfig(
         args.steps, seed=args.seed, learning_rate=3e-4, warmup_steps=100, ema_decay=0.999, ema_warmup=False
     )
-    loss = training_dit.denoiser_loss(predict, latents, labels[:, 0], args.batch_size)
-    fit(transformer, loss, config, args.work / "ase")
-    transformer.save_pretrained(args.work / "ase" / "model")
 
 
 def _uvit(args: argparse.Namespace) -> None:
@@ -137,6 +141,16 @@ def _uvit(args: argparse.Namespace) -> None:
     loss = training_dit.denoiser_loss(predict, latents, labels[:, 0], args.batch_size, training_uvit.NULL_CLASS)
     fit(transformer, loss, config, args.work / "uvit")
     transformer.save_pretrained(args.work / "uvit" / "model")
+
+
+def _uvit_ase(args: argparse.Namespace) -> None:
+    latents, labels = _latents(args)
+    transformer = UViT.from_pretrained(_needed(args.work / "uvit" / "model", "uvit"))
+    training_dit.freeze_timestep_embedders(transformer)
+    predict = training_uvit.exiting_predictor(transformer, ASE_SCHEDULE)
+    loss = training_dit.denoiser_loss(predict, latents, labels[:, 0], args.batch_size, training_uvit.NULL_CLASS)
+    fit(transformer, loss, _fine_tuning(args), args.work / "uvit-ase")
+    transformer.save_pretrained(args.work / "uvit-ase" / "model")
 
 
 def _sd(args: argparse.Namespace) -> None:
@@ -198,6 +212,7 @@ _STAGES = {
     "glyphs-ddpm": ("ddpm", _export_ddpm),
     "glyphs-cnn": ("reader", _export_reader),
     "glyphs-uvit": ("uvit", _export_uvit),
+    "glyphs-uvit-ase": ("uvit-ase", _export_uvit),
 }
 """The stage that trains a model, and how the model is written."""
 
@@ -258,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     dit = add("dit", _dit, "train the denoiser", 16_000)
     ase = add("ase", _ase, "fine-tune the denoiser to exit early under the schedule ase-demo", 5000)
     uvit = add("uvit", _uvit, "train the denoiser with long skips", 16_000)
+    add("uvit-ase", _uvit_ase, "fine-tune the denoiser with long skips under the schedule ase-demo", 5000)
     add("sd", _sd, "train the text-to-image UNet with its text encoder", 10_500, 64)
     add("ddpm", _ddpm, "train the unconditional UNet", 30_000, 32)
     for command in (dit, ase, uvit):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.embeddings import LabelEmbedding, TimestepEmbedding
 
 from fastdiff.methods import ExitSchedule
 
@@ -123,10 +123,11 @@ def denoiser_predictor(transformer: DiTTransformer2DModel, schedule: ExitSchedul
     return lambda noisy, timesteps, classes: at_depths(transformer, noisy, timesteps, classes, depth_of[timesteps])
 
 
-def freeze_timestep_embedders(transformer: DiTTransformer2DModel) -> None:
-    """Excludes every block's timestep embedder from training, as ASE's recipe does."""
-    for block in transformer.transformer_blocks:
-        block.norm1.emb.timestep_embedder.requires_grad_(False)
+def freeze_timestep_embedders(transformer: torch.nn.Module) -> None:
+    """Excludes every timestep embedder of a denoiser from training, as ASE's recipe does."""
+    for module in transformer.modules():
+        if isinstance(module, TimestepEmbedding):
+            module.requires_grad_(False)
 
 
 def class_condition(labels: torch.Tensor, null_class: int = NULL_CLASS) -> Condition:

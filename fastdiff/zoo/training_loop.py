@@ -36,7 +36,8 @@ class LoopConfig:
         beta2: AdamW's second-moment decay.
         gradient_clip: largest gradient norm.
         ema_decay: largest decay of the averaged weights.
-        ema_warmup: let the decay grow with the steps, for a run from scratch; a fine-tune starts at ``ema_decay``.
+        ema_warmup: let the decay grow with the steps, for a run from scratch; a fine-tune has ``ema_decay`` from its
+            first step, on an average that starts as the weights it is given.
         seed: seeds every step's randomness.
         checkpoint_every: steps between checkpoints.
     """
@@ -74,6 +75,13 @@ def _optimizer(model: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
+
+
+def _averages(model: nn.Module, config: LoopConfig) -> EMAModel:
+    warmup = {"use_ema_warmup": True, "inv_gamma": 1.0, "power": 0.75}
+    # As it comes, EMAModel lets the first step overwrite the average, and the next ones most of it.
+    constant = {"min_decay": config.ema_decay, "update_after_step": -1}
+    return EMAModel(model.parameters(), decay=config.ema_decay, **(warmup if config.ema_warmup else constant))
 
 
 class _Checkpoint:
@@ -141,11 +149,7 @@ def fit(
             averaged weights.
     """
     optimizer = _optimizer(model, config)
-    ema = EMAModel(
-        model.parameters(), decay=config.ema_decay, use_ema_warmup=config.ema_warmup, inv_gamma=1.0, power=0.75
-    )
-    if not config.ema_warmup:
-        ema.min_decay = config.ema_decay  # else the first steps of a fine-tune would overwrite the average
+    ema = _averages(model, config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     checkpoint = _Checkpoint(folder / "checkpoint.safetensors", model, optimizer, ema)

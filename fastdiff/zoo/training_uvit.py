@@ -1,16 +1,20 @@
-"""What the zoo's U-ViT learns: the class-conditional denoiser of the DiT's latents, with long skips."""
+"""What the zoo's U-ViTs learn: the DiT's task with long skips, and its early-exit copy."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
+from fastdiff.backbones import view
+from fastdiff.methods import ExitSchedule
+from fastdiff.methods.exit_schedule import exit_at_depths
 from fastdiff.models import UViT, UViTPipeline
 
 from . import training_dit
@@ -47,10 +51,22 @@ def build_transformer(num_layers: int = 12, num_attention_heads: int = 4, attent
 
 
 def denoiser_predictor(transformer: UViT, compiled: bool) -> Predictor:
-    """The training forward."""
+    """The training forward of the full model."""
     transformer.set_attn_processor(AttnProcessor())  # fused attention is slow backwards on CPU, as for the DiT
     forward = torch.compile(transformer) if compiled else transformer
     return lambda noisy, timesteps, classes: forward(noisy, timestep=timesteps, class_labels=classes).sample
+
+
+def exiting_predictor(transformer: UViT, schedule: ExitSchedule) -> Predictor:
+    """The training forward of the model under an exit schedule: each sample runs the blocks of its own timestep."""
+    depth_of = torch.from_numpy(schedule.depths_for(view(transformer), np.arange(1000)))
+    full = denoiser_predictor(transformer, compiled=False)
+
+    def predict(noisy: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        with exit_at_depths(transformer, depth_of[timesteps], schedule.order):
+            return full(noisy, timesteps, classes)
+
+    return predict
 
 
 def export(transformer: UViT, vae: AutoencoderKL, folder: Path) -> None:

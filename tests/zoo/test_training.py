@@ -150,8 +150,7 @@ class TestFit:
         fit(model, loss, config, tmp_path)
         last = load_file(tmp_path / "checkpoint.safetensors")["model.weight"].item()
         assert last < seen[2] < seen[1] < seen[0]
-        # diffusers' average copies the weights after the first step; then every step keeps half of the average.
-        expected = 0.5 * (0.5 * seen[1] + 0.5 * seen[2]) + 0.5 * last
+        expected = 0.5 * (0.5 * (0.5 * seen[0] + 0.5 * seen[1]) + 0.5 * seen[2]) + 0.5 * last
         assert model.weight.item() == pytest.approx(expected)
 
     def test_learning_rate_warms_up_and_falls_to_its_end(self) -> None:

@@ -1,19 +1,23 @@
-"""The training of the zoo's U-ViT: a few steps, what is written, and that the result can be judged."""
+"""The training of the zoo's U-ViTs: a few steps, the early-exit copy, what is written, and that it can be judged."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fastdiff import ExitSchedule, FastDiffPipeline
 from fastdiff.backbones import view
 from fastdiff.models import UViT, UViTPipeline
 from fastdiff.zoo import check, data, train, training, training_dit, training_uvit
-from fastdiff.zoo.training_loop import LoopConfig, fit
+from fastdiff.zoo.training_loop import LoopConfig, StepLoss, fit
+from tiny.sampling import without
 
 
 @pytest.fixture
@@ -61,6 +65,88 @@ def test_dropped_labels_are_the_models_own_null_class() -> None:
     assert set(classes.tolist()) == {0, 36}
 
 
+# -- the early-exit copy -----------------------------------------------------------------------------------------------
+
+SCHEDULE = ExitSchedule(bin_edges=(0, 300, 600), depths=(5, 4, 3))
+GONE = {5: [], 4: ["transformer_out_blocks.1.block"], 3: ["transformer_out_blocks.0.block"]}
+"""What a depth leaves out that the depth above does not."""
+
+
+@pytest.fixture
+def trained(transformer: UViT) -> UViT:
+    """A denoiser whose blocks are no identities, with a network for the timestep."""
+    torch.manual_seed(0)
+    model = UViT.from_config({**transformer.config, "time_embed_mlp": True})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def exiting_loss(model: UViT) -> StepLoss:
+    latents = torch.randn(32, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    predict = training_uvit.exiting_predictor(model, SCHEDULE)
+    return training_dit.denoiser_loss(predict, latents, torch.arange(32), 8, training_uvit.NULL_CLASS)
+
+
+def fine_tuned(model: UViT, folder: Path, stop_at: int | None = None, **settings: float) -> dict[str, torch.Tensor]:
+    """The averaged weights after a few steps of the published recipe."""
+    training_dit.freeze_timestep_embedders(model)
+    config = LoopConfig(warmup_steps=1, ema_warmup=False, **settings)  # type: ignore[arg-type]
+    fit(model, exiting_loss(model), config, folder, stop_at=stop_at)
+    return model.state_dict()
+
+
+def test_each_sample_runs_the_blocks_of_its_timestep(trained: UViT) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(6, 4, 8, 8, generator=generator)
+    timesteps, classes = torch.tensor([999, 0, 299, 300, 600, 599]), torch.arange(6)
+    with torch.no_grad():
+        predicted = training_uvit.exiting_predictor(trained, SCHEDULE)(noisy, timesteps, classes)
+        for depth, rows in ((5, [1, 2]), (4, [3, 5]), (3, [0, 4])):
+            alone = without(trained, GONE[depth])(noisy[rows], timesteps[rows], classes[rows]).sample
+            torch.testing.assert_close(predicted[rows], alone, rtol=1e-5, atol=1e-5)
+            others = [row for row in range(6) if row not in rows]
+            wrong = trained(noisy[others], timesteps[others], classes[others]).sample
+            assert not torch.allclose(predicted[others], wrong, rtol=0, atol=1e-2)
+
+
+def test_fine_tuning_leaves_the_timestep_embedder_alone(trained: UViT, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    after = fine_tuned(trained, tmp_path, steps=2)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert {name for name in before if name.startswith("time_embed.")} == set(before) - changed
+
+
+def test_average_after_a_step_is_between_the_old_weights_and_the_new(trained: UViT, tmp_path: Path) -> None:
+    old = {name: value.clone() for name, value in trained.state_dict().items()}
+    average = fine_tuned(trained, tmp_path, steps=1, ema_decay=0.75, learning_rate=0.1)
+    checkpoint = load_file(tmp_path / "checkpoint.safetensors")
+    for name, value in average.items():
+        new = checkpoint[f"model.{name}"]
+        torch.testing.assert_close(value, 0.75 * old[name] + 0.25 * new, rtol=1e-6, atol=1e-6)
+        assert name.startswith("time_embed.") or not torch.allclose(new, old[name], rtol=0, atol=1e-3)
+
+
+def test_interrupted_fine_tuning_ends_with_the_same_weights(trained: UViT, tmp_path: Path) -> None:
+    fresh = {name: value.clone() for name, value in trained.state_dict().items()}
+    whole = {name: value.clone() for name, value in fine_tuned(trained, tmp_path / "whole", steps=5).items()}
+    trained.load_state_dict(fresh)
+    interrupted = fine_tuned(trained, tmp_path / "parts", stop_at=3, steps=5)
+    assert not all(torch.equal(whole[name], value) for name, value in interrupted.items())
+    trained.load_state_dict(fresh)
+    resumed = fine_tuned(trained, tmp_path / "parts", steps=5)
+    assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+
+
+def test_shipped_schedule_keeps_the_first_half() -> None:
+    backbone = view(training_uvit.build_transformer())
+    depths = train.ASE_SCHEDULE.depths_for(backbone, np.arange(50, 1000, 100))
+    assert depths.tolist() == [13, 13, 11, 11, 9, 9, 7, 7, 7, 7]
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
 def test_export_is_a_half_precision_folder_that_samples(transformer: UViT, vae: AutoencoderKL, tmp_path: Path) -> None:
     training_uvit.export(transformer, vae, tmp_path / "model")
     pipe = UViTPipeline.from_pretrained(tmp_path / "model")
@@ -78,14 +164,23 @@ def test_export_is_a_half_precision_folder_that_samples(transformer: UViT, vae: 
     assert accelerated.fastdiff.last_run.skipped > 0
 
 
-@pytest.mark.slow
 def test_commands_train_and_export(tmp_path: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "work"
     vae.save_pretrained(work / "vae" / "model")
     images, labels = data.render_many(0, 0, 64)
     save_file({"latents": torch.randn(64, 4, 8, 8)}, work / "latents.safetensors")
     monkeypatch.setattr(train, "pool", lambda *_: (torch.from_numpy(images), torch.from_numpy(labels)))
-    train.main(["uvit", "--work", str(work), "--steps", "2", "--batch-size", "8"])
-    train.main(["export", "--work", str(work), "--out", str(tmp_path / "out"), "--model", "glyphs-uvit"])
-    saved = load_file(tmp_path / "out" / "glyphs-uvit" / "transformer" / "diffusion_pytorch_model.safetensors")
-    assert {value.dtype for value in saved.values()} == {torch.float16}
+    settings = ["--work", str(work), "--batch-size", "8"]
+    with pytest.raises(SystemExit, match=r"fastdiff\.zoo\.train uvit`"):
+        train.main(["uvit-ase", *settings, "--steps", "2"])
+    train.main(["uvit", *settings, "--steps", "2"])
+    for steps in ("1", "2"):  # the second continues the first
+        train.main(["uvit-ase", *settings, "--steps", steps])
+    log = (work / "uvit-ase" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2]
+    names = ["glyphs-uvit", "glyphs-uvit-ase"]
+    train.main(["export", "--work", str(work), "--out", str(tmp_path / "out"), "--model", *names])
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    full, exiting = (load_file(tmp_path / "out" / name / weights) for name in names)
+    assert {value.dtype for value in [*full.values(), *exiting.values()]} == {torch.float16}
+    assert not all(torch.equal(full[name], value) for name, value in exiting.items())
