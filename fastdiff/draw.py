@@ -107,6 +107,13 @@ def headline(plan: ComputePlan) -> str:
     return f"{methods}: computes {plan.share:.1%} of {plan.evaluations} × {len(plan.units)} cells"
 
 
+def mean_depth(plan: ComputePlan) -> str:
+    """How many units run in an evaluation on average, without those of a U-ViT that only merge a long skip."""
+    merges = plan.meta.get("merges", [])
+    runs = plan.table[:, ~np.isin(plan.units, merges)] == Action.COMPUTE
+    return f"{runs.sum() / len(runs):.2f} of {runs.shape[1]} {'blocks' if merges else 'units'} run on average"
+
+
 def row_timesteps(plan: ComputePlan) -> list[float] | None:
     """The timestep of each row, or None where the plan does not tell."""
     timesteps = plan.meta.get("timesteps")
@@ -135,7 +142,7 @@ def as_text(plan: ComputePlan, width: int = 100) -> str:
     margin = max(map(len, heads))
     groups = unit_groups(plan.units)
     per_character = _units_per_character(groups, width - margin - 2)
-    lines = [_clip(headline(plan), width), ""]
+    lines = [_clip(headline(plan), width), mean_depth(plan), ""]
     lines += [" " * margin + "  " + line for line in _column_heads(groups, per_character, width - margin - 2)]
     for head, (first, _) in zip(heads, runs, strict=True):
         cells = " ".join(_cells(plan.table[first, group.start : group.stop], per_character) for group in groups)

@@ -79,10 +79,11 @@ class ComputePlan:
     Args:
         table: integer array of shape ``(evaluations, units)`` with `Action` values; kept as read-only int8.
         units: the column names, in execution order.
-        meta: JSON-compatible facts about where the plan comes from (denoiser class, timesteps, methods, ...), and how
-            it is carried out: ``forecast_order``, ``replaced`` (names of units whose whole output is reused where
-            their residual could be), ``parallel`` (rows that do not read the sample run as one batch with the row
-            they reuse) and ``max_parallel`` (rows in such a batch, at most).
+        meta: JSON-compatible facts about where the plan comes from (denoiser class, timesteps, methods, ``merges``:
+            names of units that only merge a long skip, ...), and how it is carried out: ``forecast_order``,
+            ``replaced`` (names of units whose whole output is reused where their residual could be), ``parallel``
+            (rows that do not read the sample run as one batch with the row they reuse) and ``max_parallel`` (rows in
+            such a batch, at most).
 
     Raises:
         PlanError: if the table is not two-dimensional, is empty, does not match ``units``, or has unknown actions, or
@@ -121,9 +122,10 @@ class ComputePlan:
                 raise PlanError(f"A plan's {name} is a whole number from 1; got {value!r}.")
         if not isinstance(self.meta.get("parallel", False), bool):
             raise PlanError(f"A plan is parallel or not, True or False; got {self.meta['parallel']!r}.")
-        replaced = self.meta.get("replaced", ())
-        if not isinstance(replaced, (list, tuple)) or not set(replaced) <= set(self.units):
-            raise PlanError(f"A plan's replaced units are a list of its units; got {replaced!r}.")
+        for name in ("replaced", "merges"):
+            value = self.meta.get(name, ())
+            if not isinstance(value, (list, tuple)) or not set(value) <= set(self.units):
+                raise PlanError(f"A plan's meta has in {name!r} a list of its units; got {value!r}.")
 
     @classmethod
     def full(cls, evaluations: int, units: Sequence[str], **meta: Any) -> ComputePlan:

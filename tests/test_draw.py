@@ -44,7 +44,7 @@ def test_text_has_one_line_for_each_run_of_equal_rows(plan: ComputePlan) -> None
         ["1-2", "t=661..341", "#==#"],
         ["3", "t=21", "#xxx"],
     ]
-    assert text.startswith("Mixed(): computes 56.2% of 4 × 4 cells")
+    assert text.startswith("Mixed(): computes 56.2% of 4 × 4 cells\n2.25 of 4 units run on average\n")
 
 
 def test_text_legend_names_only_what_occurs(plan: ComputePlan) -> None:

@@ -40,6 +40,8 @@ class PlanRequest:
         meta = {"denoiser": self.backbone.class_name, "timesteps": timesteps, "methods": [str(method)]}
         if self.backbone.level != "layer":
             meta["level"] = self.backbone.level
+        if merges := [unit.name for unit in self.backbone.units if unit.merges_skip]:
+            meta["merges"] = merges
         return ComputePlan.full(len(self.grid), self.backbone.names, **meta)
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import UniDiffuserModel
+from diffusers import DPMSolverMultistepScheduler, UniDiffuserModel
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff import Action, ComputePlan, ConfigError, ExitSchedule
 from fastdiff.backbones import view
+from fastdiff.cli.main import main
 from fastdiff.methods import PlanRequest
 from fastdiff.methods.exit_schedule import ORDERS, exit_at_depths
-from fastdiff.models import UViT
+from fastdiff.models import UViT, UViTPipeline
+from fastdiff.spec import format_method
 from tiny.base import build
 from tiny.models import TINY_MODELS
 from tiny.plans import grid_of, request_of
@@ -157,6 +163,47 @@ def test_schedule_with_an_order_is_saved_and_named() -> None:
     assert {ExitSchedule.step(7, 300, 4, order="middle").order, ExitSchedule.linear(7, 4, order="middle").order} == {
         "middle"
     }
+
+
+# -- what a schedule saves ---------------------------------------------------------------------------------------------
+
+SAVING = ExitSchedule(bin_edges=tuple(range(0, 1000, 100)), depths=(7, 7, 6, 6, 6, 5, 5, 4, 4, 4))
+
+
+@pytest.mark.parametrize("karras", [False, True])
+def test_plan_show_prints_the_mean_depth_at_the_samplers_timesteps(
+    karras: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=karras)
+    UViTPipeline(MODEL.build(), scheduler).save_pretrained(tmp_path / "model")
+    scheduler.set_timesteps(23)
+    mean = SAVING.depth_at(scheduler.timesteps.numpy(), BLOCKS).mean()
+    of_model = [str(tmp_path / "model"), "--method", format_method(SAVING), "--steps", "23"]
+    saved = str(tmp_path / "plan.json")
+    for words in (["show", *of_model], ["save", *of_model, "--out", saved], ["show", saved]):
+        assert main(["plan", *words]) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert words[0] == "save" or f"{mean:.2f} of 7 blocks run on average" in shown
+
+
+def test_work_shrinks_as_the_depth_does() -> None:
+    model = MODEL.build()
+    timesteps = tuple(range(950, 0, -100))
+    calls = calls_at(MODEL, timesteps)
+
+    def flops_of(run: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    full = flops_of(lambda: evaluate(model, calls))
+    tokens = torch.zeros(2, model.pos_embed.shape[1], model.pos_embed.shape[2])
+    block = flops_of(lambda: model.transformer_mid_block(tokens))
+    outside_blocks = full - block * BLOCKS * len(timesteps)
+    executed = flops_of(lambda: accelerate(model, calls, SAVING, timesteps))
+    depth = np.mean(SAVING.depth_at(np.array(timesteps), BLOCKS))
+    assert 0 < outside_blocks < full / 4
+    assert (executed - outside_blocks) / (full - outside_blocks) == pytest.approx(depth / BLOCKS, rel=1e-9)
 
 
 # -- the forward that is trained with ----------------------------------------------------------------------------------
