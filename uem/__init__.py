@@ -3,5 +3,14 @@
 from __future__ import annotations
 
 from fastdiff.uem.modules import ExitNorm, UncertaintyModule, UncertaintyModules, load_modules
+from fastdiff.uem.readout import ExitOutputs, ExitReadout, make_modules
 
-__all__ = ["ExitNorm", "UncertaintyModule", "UncertaintyModules", "load_modules"]
+__all__ = [
+    "ExitNorm",
+    "ExitOutputs",
+    "ExitReadout",
+    "UncertaintyModule",
+    "UncertaintyModules",
+    "load_modules",
+    "make_modules",
+]

@@ -1,0 +1,102 @@
+"""What uncertainty modules, exit heads and denoisers learn from (DeeDiff, arXiv 2309.17074, section 3.3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fastdiff.errors import ConfigError
+
+UAL = ("detached", "paper", "official")
+"""How the layer-wise loss weighs its exits, see `layerwise_loss`."""
+
+
+def per_token(values: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A map of the prediction's shape, sorted by the tokens that make it.
+
+    Args:
+        values: shape ``(..., channels, height, width)``, of which square patches are a token each, row by row; or
+            ``(..., tokens, channels)``, which stays as it is.
+        tokens: number of tokens.
+
+    Returns:
+        Shape ``(..., tokens, numbers of a token)``.
+
+    Raises:
+        ConfigError: if the map does not consist of so many square patches.
+    """
+    if values.shape[-2] == tokens:
+        return values
+    height, width = values.shape[-2:]
+    patch = math.isqrt(height * width // tokens) if tokens else 0
+    if not patch or (height // patch) * (width // patch) != tokens or height % patch or width % patch:
+        raise ConfigError(f"A map of {height} x {width} does not consist of {tokens} square patches.")
+    patches = values.unflatten(-1, (width // patch, patch)).unflatten(-3, (height // patch, patch))
+    # (..., channels, rows, patch, columns, patch) to (..., rows, columns, channels, patch, patch)
+    *lead, channels, rows, down, columns, across = range(patches.ndim)
+    return patches.permute(*lead, rows, columns, channels, down, across).flatten(-5, -4).flatten(-3)
+
+
+def error_label(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What the uncertainty should be: ``tanh |prediction - target|``, in [0, 1), without gradient (equation 6).
+
+    Args:
+        predictions: of the exits, shape ``(exits, batch, ...)``.
+        target: what is right, shape ``(batch, ...)``.
+    """
+    return (predictions.detach() - target.detach()).float().abs().tanh()
+
+
+def uncertainty_loss(maps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of uncertainties, over exits, samples and numbers; trains the uncertainty modules alone.
+
+    Args:
+        maps: the modules' uncertainties, shape ``(exits, batch, tokens, numbers of a token)``.
+        labels: `error_label`, sorted by `per_token`; same shape.
+    """
+    return (maps - labels.detach()).square().mean()
+
+
+def layerwise_loss(
+    predictions: torch.Tensor, target: torch.Tensor, uncertainty: torch.Tensor, mode: str = "detached"
+) -> torch.Tensor:
+    """Errors of all exits, those weighing more that are certain (the uncertainty-aware layer-wise loss).
+
+    Args:
+        predictions: of the exits, shape ``(exits, batch, ...)``.
+        target: what is right, shape ``(batch, ...)``.
+        uncertainty: of each exit and sample, shape ``(exits, batch)``.
+        mode: ``"detached"``: weights ``1 - u`` of each sample, which add up to one and pass no gradient on, so that no
+            module learns to be uncertain of what is hard. ``"paper"``: weights ``1 - u`` as they are, added up over the
+            exits. ``"official"``: as the released code has it, weights of the batch's mean certainty, which add up to
+            one; they let the gradient through to the modules, and couple the samples.
+
+    Raises:
+        ConfigError: for another mode.
+    """
+    if mode not in UAL:
+        raise ConfigError(f"ual is one of {', '.join(map(repr, UAL))}; got {mode!r}.")
+    errors = (predictions.float() - target.float()).square().flatten(2).mean(2)
+    certainty = 1 - uncertainty
+    if mode == "paper":
+        return (certainty * errors).sum(0).mean()
+    if mode == "official":
+        mean = certainty.mean(1)
+        return ((mean / mean.sum())[:, None] * errors).sum(0).mean()
+    weights = certainty.detach()
+    return (weights / weights.sum(0) * errors).sum(0).mean()
+
+
+def feature_loss(hidden: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """How far hidden states are from others, each on the other's own scale: ``|h - f|^2 / |f|^2`` (arXiv 2404.11098).
+
+    Features of different depths differ in size by orders of magnitude, which would decide who is learned from.
+
+    Args:
+        hidden: those that learn, shape ``(..., batch, tokens, width)``.
+        full: those that are learned from, without gradient; same shape, or without the leading dimensions.
+    """
+    teacher = full.detach().float()
+    distance = (hidden.float() - teacher).square().flatten(-2).sum(-1)
+    return (distance / teacher.square().flatten(-2).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
