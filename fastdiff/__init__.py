@@ -82,6 +82,9 @@ _LAZY = {
     "sampling_run": "fastdiff.engine",
 }
 
+_MODULES = ("backbones", "eval", "methods", "models", "ops", "uem", "zoo")
+"""What is used by its dotted name, as ``fastdiff.models.UViT``, with ``import fastdiff`` alone."""
+
 # In a checkout the sub-packages `pipelines`, `uem`, `kernels` and `eval` lie beside this folder instead of inside it.
 # An interpreter started in the checkout finds this folder before an installed copy, so it must find them too.
 _CHECKOUT = Path(__file__).resolve().parent.parent
@@ -90,6 +93,8 @@ if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "pipelines").is_dir
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"fastdiff.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)
@@ -98,4 +103,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_MODULES})

@@ -79,6 +79,12 @@ def test_every_export_resolves(name: str) -> None:
     assert name in dir(fastdiff)
 
 
+def test_modules_are_found_by_their_dotted_names(tmp_path: Path) -> None:
+    code = "import fastdiff; print(*(getattr(fastdiff, name).__name__ for name in fastdiff._MODULES))"
+    assert run(code, cwd=tmp_path).split() == [f"fastdiff.{name}" for name in fastdiff._MODULES]
+    assert set(fastdiff._MODULES) < set(dir(fastdiff))
+
+
 def test_unknown_export_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         fastdiff.no_such_name  # noqa: B018 - reading the attribute is the test
