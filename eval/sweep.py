@@ -197,11 +197,12 @@ class Sweep:
     def _ready(self, way: Way) -> Way:
         """A way with what its peer measures on the pipeline first."""
         if way.key not in self._prepared:
+            ready = way
             if way.peer is not None:
                 steps = way.num_inference_steps
                 once = partial(call, self._pipes[way.model], plain(steps, model=way.model), self._task, range(1))
-                way = replace(way, peer=way.peer.prepared(self._pipes[way.model], steps, once))
-            self._prepared[way.key] = way
+                ready = replace(way, peer=way.peer.prepared(self._pipes[way.model], steps, once))
+            self._prepared[way.key] = ready
         return self._prepared[way.key]
 
     # -- timing --------------------------------------------------------------------------------------------------------
@@ -322,20 +323,20 @@ class Sweep:
         with self._excused(way) as error:
             for number, indices in part:
                 if not self.store.has_batch(way.key, number):
-                    self._make_batch(self._ready(way), number, indices)
+                    self._make_batch(way, number, indices)
                 after_each()
         return error
 
     def _make_batch(self, way: Way, number: int, indices: range) -> None:
-        pipe = self._pipes[way.model]
-        with _heard() as notes, way.applied(pipe):
-            samples = sample_applied(pipe, way, self._task, indices)
+        pipe, ready = self._pipes[way.model], self._ready(way)
+        with _heard() as notes, ready.applied(pipe):
+            samples = sample_applied(pipe, ready, self._task, indices)
             work = recorded_work(pipe, len(indices))
-            if way.peer is not None and way.peer.engaged(pipe) is False:
-                notes.append(f"{way.peer.name} left nothing out.")
+            if ready.peer is not None and ready.peer.engaged(pipe) is False:
+                notes.append(f"{ready.peer.name} left nothing out.")
         if number == 0:
             if not way.methods:
-                work = Work(self._count_macs(way, indices))
+                work = Work(self._count_macs(ready, indices))
             self.store.set_notes(way.key, notes)
         self.store.add_batch(way.key, number, samples, work)
 

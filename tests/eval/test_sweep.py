@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,10 @@ def _break(_: Any, __: Any, output: Any) -> None:
     output.sample.mul_(torch.nan)
 
 
+def _dim(_: Any, __: Any, output: Any) -> None:
+    output.sample.mul_(0.9)
+
+
 class Breaking(Refusing):
     """A package that breaks images."""
 
@@ -273,7 +278,31 @@ class Breaking(Refusing):
         return hook.remove
 
 
-for peer in (Refusing, Failing, Idle, Breaking):
+@dataclass(frozen=True)
+class Calibrating(Idle):
+    """A package that measures something in a call before it can be enabled."""
+
+    scale: float | None = None
+
+    name = "calibrating"
+
+    def prepared(self, pipe: DiffusionPipeline, num_inference_steps: int, sample: Callable[[], Any]) -> Peer:
+        calls: list[Any] = []
+        hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+        sample()
+        hook.remove()
+        return replace(self, scale=float(len(calls)))
+
+    def _enable(self, pipe: DiffusionPipeline, num_inference_steps: int) -> Callable[[], Any]:
+        assert self.scale == STEPS
+        hook = pipe.transformer.register_forward_hook(_dim)
+        return hook.remove
+
+    def engaged(self, pipe: DiffusionPipeline) -> bool:
+        return True
+
+
+for peer in (Refusing, Failing, Idle, Breaking, Calibrating):
     Peer.registry.pop(peer.name, None)  # they are for these tests alone
 
 
@@ -289,6 +318,18 @@ def test_peers_that_cannot_run_are_listed_with_the_reason(tmp_path: Path, rounds
     assert idle.macs_share == pytest.approx(1)
     assert any("left nothing out" in note for note in idle.notes)
     assert any("changed nothing" in note for note in idle.notes)
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_peer_that_measures_something_first_keeps_its_name(tmp_path: Path, rounds: int) -> None:
+    way = Way(STEPS, peer=Calibrating())
+    found = points(sweep(tmp_path, ways=(way,), rounds=rounds).run())
+    assert set(found) == {*KEYS, way.key}
+    assert {path.name for path in (tmp_path / "ways").iterdir()} == set(found)
+    assert found[way.key].error is None
+    assert found[way.key].quality is not None
+    assert found[way.key].quality["error"] > 0
+    assert len(found[way.key].timings) == 2 * rounds
 
 
 def test_a_method_for_another_model_is_listed_with_the_reason(tmp_path: Path) -> None:
