@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +20,20 @@ from fastdiff.errors import FastDiffError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from fastdiff.backbones import Backbone, Unit
     from fastdiff.cost import UnitCosts
     from fastdiff.methods import Method
 
 PURPOSE = """\
-Say what a model is made of and what can be done with it. Shown are its components, its denoiser's units with their
-multiply-accumulates (MACs) and time, and which methods work on it, or why not. The costs come from a call of two steps.
+Say what a model is made of and what can be done with it. Shown are its components, the stages of its denoiser with
+their number of units (what a method leaves out or reuses), multiply-accumulates (MACs) and time, and which methods work
+on it, or why not. The costs come from a call of two steps.
 Without MODEL: the models that ship with fastdiff, all methods with their fields, and the presets."""
 
 EXAMPLES = (
     "fastdiff info",
     "fastdiff info zoo:glyphs-dit",
+    "fastdiff info zoo:glyphs-sd --units",
     "fastdiff info ./my-pipeline --arg height=512 --arg width=512",
     "fastdiff info ./my-pipeline --no-cost",
 )
@@ -44,6 +47,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--steps", type=int, default=50, metavar="N", help="steps to price the methods at (default: 50)"
     )
+    parser.add_argument("--units", action="store_true", help="list every unit instead of the stages")
     parser.add_argument("--no-cost", action="store_true", help="do not call the pipeline")
     parser.add_argument(
         "--arg", action="append", default=[], metavar="NAME=VALUE", help="argument of the call that measures costs"
@@ -100,7 +104,7 @@ def _show(value: Any) -> str:
 
 
 def describe_model(options: argparse.Namespace) -> Iterator[str]:
-    """Components, units with their costs, and what each method would do."""
+    """Components, stages or units with their costs, and what each method would do."""
     from torch import nn
 
     from fastdiff.backbones import view
@@ -118,12 +122,12 @@ def describe_model(options: argparse.Namespace) -> Iterator[str]:
         module = getattr(pipe, name)
         yield ""
         try:
-            units = len(view(module).units)
+            backbone = view(module)
         except FastDiffError as error:
             yield f"{name}: {type(module).__name__}, not supported: {error}"
             continue
-        yield f"{name}: {type(module).__name__}, {units} units"
-        yield from _denoiser(pipe, name, options)
+        yield f"{name}: {type(module).__name__}, {len(backbone.units)} units"
+        yield from _denoiser(pipe, name, backbone, options)
 
 
 def _components(pipe: DiffusionPipeline) -> Iterator[str]:
@@ -142,15 +146,16 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _denoiser(pipe: DiffusionPipeline, name: str, options: argparse.Namespace) -> Iterator[str]:
-    """One denoiser's units and what each method would do with them."""
+def _denoiser(pipe: DiffusionPipeline, name: str, backbone: Backbone, options: argparse.Namespace) -> Iterator[str]:
+    """One denoiser's parts and what each method would do with them."""
     costs = None
     if not options.no_cost:
         try:
             costs = _measure(pipe, name, parse_arguments(options.arg))
         except FastDiffError as error:
             yield f"  costs are unknown: {error}"
-    yield from _units(costs) if costs else ()
+    parts = [(unit.name, [unit]) for unit in backbone.units] if options.units else _stages(backbone, costs)
+    yield from _priced(parts, costs)
     yield f"  With {options.steps} steps, as a share of the full {'MACs' if costs else 'cells'}:"
     for spec, methods in _settings():
         yield f"    {spec:<36} {_what_it_does(pipe, name, methods, options.steps, costs)}"
@@ -170,20 +175,44 @@ def _measure(pipe: DiffusionPipeline, name: str, given: dict[str, Any]) -> UnitC
     return measure() if measure else None
 
 
-def _units(costs: UnitCosts) -> Iterator[str]:
-    """MACs and time, one line for each run of units of one list with equal MACs."""
-    time = f"{1000 * costs.total_latency:.2f} ms"
-    yield f"  one evaluation in the pipeline's shapes: {count(costs.total_macs)} MACs, {time}"
-    rows = list(zip(costs.units, costs.macs, costs.latency, strict=True))
-    for _, run in groupby(rows, key=lambda row: (row[0].rpartition(".")[0], row[1])):
-        units = list(run)
-        names = units[0][0] if len(units) == 1 else f"{units[0][0]} .. {units[-1][0].rpartition('.')[2]}"
-        macs, seconds = units[0][1], sum(unit[2] for unit in units) / len(units)
-        share = macs / costs.total_macs
-        yield f"    {names:<36} {count(macs)} MACs ({share:.1%}), {1000 * seconds:.2f} ms each"
-    share = costs.fixed_macs / costs.total_macs
-    time = f"{1000 * costs.fixed_latency:.2f} ms"
-    yield f"    {'outside the units':<36} {count(costs.fixed_macs)} MACs ({share:.1%}), {time}"
+Part = tuple[str, list["Unit"]]
+"""A name, and the units that it stands for."""
+
+
+def _stages(backbone: Backbone, costs: UnitCosts | None) -> Iterator[Part]:
+    """The stages in execution order; those that follow each other in one list and are alike are one part."""
+    macs = dict(zip(costs.units, costs.macs, strict=True)) if costs else {}
+    lists: dict[str, dict[str, list[Unit]]] = {}
+    for unit in backbone.units:
+        lists.setdefault(unit.stage.rpartition(".")[0] or unit.stage, {}).setdefault(unit.stage, []).append(unit)
+    for stages in lists.values():
+        alike = groupby(stages, key=lambda stage: [macs.get(unit.name) for unit in stages[stage]])
+        for _, run in alike:
+            names = list(run)
+            label = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1].rpartition('.')[2]}"
+            yield label, [unit for name in names for unit in stages[name]]
+
+
+def _priced(parts: Iterable[Part], costs: UnitCosts | None) -> Iterator[str]:
+    """One line for each part, and one for what is outside the units."""
+    if costs is None:
+        yield from (f"    {label:<36} {_number_of(units)}" for label, units in parts)
+        return
+
+    def price(macs: float, seconds: float) -> str:
+        return f"{count(macs)} MACs ({macs / costs.total_macs:.1%}), {1000 * seconds:.2f} ms"
+
+    total = f"{count(costs.total_macs)} MACs, {1000 * costs.total_latency:.2f} ms"
+    yield f"  one evaluation in the pipeline's shapes: {total}"
+    column = {name: number for number, name in enumerate(costs.units)}
+    for label, units in parts:
+        columns = [column[unit.name] for unit in units]
+        yield f"    {label:<36} {_number_of(units):<9} {price(costs.macs[columns].sum(), costs.latency[columns].sum())}"
+    yield f"    {'outside the units':<36} {'':<9} {price(costs.fixed_macs, costs.fixed_latency)}"
+
+
+def _number_of(units: list[Unit]) -> str:
+    return "1 unit" if len(units) == 1 else f"{len(units)} units"
 
 
 def _settings() -> Iterator[tuple[str, tuple[Method, ...]]]:

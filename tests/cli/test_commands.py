@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTPipeline
+from diffusers import DDIMScheduler, DiTPipeline, StableDiffusionPipeline
 from PIL import Image
 
 import fastdiff
+from fastdiff.backbones import view
 from fastdiff.errors import FastDiffError
+from fastdiff.models import UViTPipeline
 from fastdiff.output import OutputError, staged_folder
 from fastdiff.plan import Action, ComputePlan
+from tiny.uvit import MODEL as UVIT
 
 from .conftest import Command
 
@@ -148,9 +153,56 @@ def test_info_prices_units_and_methods(tiny_dit: Path, command: Command) -> None
     assert f" {share:.1%}," in line
 
 
+PART = re.compile(
+    r"^    (?P<name>[a-z]\S*(?: \.\. \d+|(?: [a-z]+)*))  +"
+    r"(?:(?P<units>\d+) units? *)?"
+    r"(?:\S+(?: [kMG])? MACs \((?P<share>[\d.]+)%\), )?",
+    re.MULTILINE,
+)
+"""A line of `fastdiff info`: a part of a denoiser, its units, and its share of the work where that is known."""
+
+
+def listed(shown: str) -> dict[str, tuple[int, float]]:
+    """Units and share of the MACs in per cent of each part of a denoiser, by name."""
+    parts = re.search(r" units\n(.*?)^  With ", shown, re.MULTILINE | re.DOTALL)
+    assert parts is not None
+    found = PART.findall(parts[1])
+    return {name: (int(units or 0), float(share or 0)) for name, units, share in found}
+
+
+def test_info_lists_the_stages_of_a_unet(tiny_sd: Path, command: Command) -> None:
+    status, shown, _ = command("info", tiny_sd)
+    assert status == 0
+    stages = listed(shown)
+    unet = StableDiffusionPipeline.from_pretrained(tiny_sd).unet
+    units = Counter(unit.stage for unit in view(unet).units)
+    assert {name: number for name, (number, _) in stages.items() if number} == units
+    assert "up_blocks.1" in stages
+    assert sum(share for _, share in stages.values()) == pytest.approx(100, abs=0.05 * len(stages) + 1e-9)
+    status, shown, _ = command("info", tiny_sd, "--units")
+    assert status == 0
+    every = listed(shown)
+    assert list(every) == [*view(unet).names, "outside the units"]
+    within = sum(share for name, (_, share) in every.items() if name.startswith("up_blocks.1."))
+    assert stages["up_blocks.1"][1] == pytest.approx(within, abs=0.05 * (units["up_blocks.1"] + 1))
+
+
+def test_info_puts_equal_stages_in_one_line(tmp_path: Path, command: Command) -> None:
+    UViTPipeline(UVIT.build(), DDIMScheduler()).save_pretrained(tmp_path / "uvit")
+    status, shown, _ = command("info", tmp_path / "uvit")
+    assert status == 0
+    assert {name: number for name, (number, _) in listed(shown).items()} == {
+        "transformer_in_blocks.0 .. 2": 3,
+        "transformer_mid_block": 1,
+        "transformer_out_blocks.0 .. 2": 6,
+        "outside the units": 0,
+    }
+
+
 def test_info_without_costs_calls_nothing(tiny_dit: Path, command: Command) -> None:
     status, shown, _ = command("info", tiny_dit, "--no-cost")
     assert status == 0
+    assert listed(shown) == {"transformer_blocks.0 .. 3": (4, 0)}
     assert "MACs" not in shown.partition("transformer:")[2]
 
 
