@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -222,3 +223,16 @@ def test_export_is_a_half_precision_folder_that_samples(
 def test_command_names_the_stage_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"fastdiff\.zoo\.train dit"):
         train.main(["export", "--work", str(tmp_path / "empty"), "--out", str(tmp_path / "out")])
+
+
+def test_commands_of_the_guide_are_those_that_exist() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "zoo.md").read_text(encoding="utf-8")
+    lines = re.findall(
+        r"^python -m fastdiff\.zoo\.train (\S+)([^#\n]*)(?:# ([\d,]+) steps of (\d+))?", page, re.MULTILINE
+    )
+    for command, options, steps, batch_size in lines:
+        args = train._parser().parse_args([command, *options.split()])
+        assert (steps == "") == ("steps" not in args), command
+        if steps:
+            assert (args.steps, args.batch_size) == (int(steps.replace(",", "")), int(batch_size)), command
+    assert {stage for stage, _ in train._STAGES.values()} < {command for command, *_ in lines}
