@@ -1,7 +1,7 @@
 """How fast the kernels of `fastdiff.ops` are on an NVIDIA GPU, at the shapes of real models.
 
     python benchmarks/kernel_speed.py
-    python benchmarks/kernel_speed.py --kernels geglu lincomb --quick --out /tmp/kernels
+    python benchmarks/kernel_speed.py --kernels geglu lincomb --quick --out kernels
 
 First the kernels' GPU tests run in this process: of a kernel whose tests did not pass, no time is shown. Then every
 kernel takes turns with a copy of as many bytes as it cannot but read and write, with torch's own operations, and with

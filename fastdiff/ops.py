@@ -14,6 +14,7 @@ from fastdiff.kernels.lincomb import lincomb
 from fastdiff.kernels.qk_norm_rope import qk_norm_rope
 from fastdiff.kernels.residual_norm_modulate import residual_norm_modulate
 from fastdiff.kernels.rows import gather_rows, scatter_rows
+from fastdiff.kernels.skip_shortcut import skip_shortcut
 
 __all__ = [
     "KernelInputError",
@@ -27,4 +28,5 @@ __all__ = [
     "qk_norm_rope",
     "residual_norm_modulate",
     "scatter_rows",
+    "skip_shortcut",
 ]

@@ -118,6 +118,15 @@ def check_devices(name: str, *tensors: torch.Tensor | None) -> None:
         raise KernelInputError(f"{name}: tensors on {' and '.join(sorted(devices))}. Move them to one device.")
 
 
+def image_layout(x: torch.Tensor) -> torch.memory_format | None:
+    """How a sample lies in memory; None if in neither of the ways the kernels read."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    for layout in (torch.contiguous_format, last):
+        if layout is not None and x[:1].is_contiguous(memory_format=layout):
+            return layout
+    return None
+
+
 def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Make a function an operator of torch.
 

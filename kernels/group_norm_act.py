@@ -22,6 +22,7 @@ from fastdiff.kernels.dispatch import (
     cast,
     check_devices,
     compute_dtype,
+    image_layout,
     obstacle,
     register,
     use_kernel,
@@ -110,7 +111,7 @@ def group_norm_act_reference(
     if shift is not None:
         hidden = hidden + over_pixels(shift)
     hidden = F.silu(hidden) if act == "silu" else hidden
-    return hidden.to(x.dtype).contiguous(memory_format=_layout(x) or torch.contiguous_format)
+    return hidden.to(x.dtype).contiguous(memory_format=image_layout(x) or torch.contiguous_format)
 
 
 def check(
@@ -165,7 +166,7 @@ def supported(
     factor = skip_scale if isinstance(skip_scale, torch.Tensor) else None
     given = [tensor for tensor in (weight, bias, *modulation) if tensor is not None]
     reason = obstacle(x, skip, factor, *given)
-    layout = _layout(x)
+    layout = image_layout(x)
     if not reason and (layout is None or (skip is not None and not skip[:1].is_contiguous(memory_format=layout))):
         reason = "the features are neither contiguous nor channels-last, or x and skip differ in that"
     if not reason and any(tensor.shape[-1] > 1 and tensor.stride(-1) != 1 for tensor in given):
@@ -192,7 +193,7 @@ def run(
     batch, width, *spatial = x.shape
     skip_width = 0 if skip is None else skip.shape[1]
     channels, pixels = width + skip_width, x[0, 0].numel() if batch and width else 0
-    layout = _layout(x)
+    layout = image_layout(x)
     assert layout is not None
     result = torch.empty((batch, channels, *spatial), dtype=x.dtype, device=x.device, memory_format=layout)
     if not result.numel():
@@ -242,15 +243,6 @@ def run(
         _apply, (batch * blocks * tiles,), *inputs, lines, result, lines.stride(0), blocks, SILU=act == "silu", **tiling
     )
     return result
-
-
-def _layout(x: torch.Tensor) -> torch.memory_format | None:
-    """How a sample lies in memory; None if in neither of the ways the kernels read."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    for layout in (torch.contiguous_format, last):
-        if layout is not None and x[:1].is_contiguous(memory_format=layout):
-            return layout
-    return None
 
 
 def _tile(width: int, pixels: int, channels_last: bool) -> tuple[int, int]:

@@ -79,7 +79,8 @@ def inspect(cubin: bytes) -> dict[str, int]:
         key: int(re.search(rf"{name}:(\d+)", usage)[1])  # type: ignore[index]
         for key, name in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))
     }
-    loads = re.findall(r"\bLDG\.E\S*", code)
+    # Loads into registers, and those into shared memory that a loop starts ahead of time.
+    loads = re.findall(r"\bLDG(?:STS)?\.E\S*", code)
     return found | {
         "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "loads_128": sum(".128" in load for load in loads),

@@ -7,7 +7,16 @@ from functools import partial
 
 import torch
 
-from fastdiff.kernels import exit_head, geglu, group_norm_act, lincomb, qk_norm_rope, residual_norm_modulate, rows
+from fastdiff.kernels import (
+    exit_head,
+    geglu,
+    group_norm_act,
+    lincomb,
+    qk_norm_rope,
+    residual_norm_modulate,
+    rows,
+    skip_shortcut,
+)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -47,6 +56,12 @@ def residual_block(layout: torch.memory_format, dtype: torch.dtype) -> None:
     group_norm_act.run(x, 32, weight, weight, skip, empty(2), time, time, time, "silu", 1e-5)
 
 
+def shortcut(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    x = empty(2, 640, 64, 64, dtype=dtype).contiguous(memory_format=layout)
+    skip = empty(2, 320, 64, 64, dtype=dtype).contiguous(memory_format=layout)
+    skip_shortcut.run(x, skip, empty(320, 960, dtype=dtype), empty(320, dtype=dtype), empty(2))
+
+
 def output_layers(outputs: int, dtype: torch.dtype) -> None:
     x, weight, bias = empty(2, 256, 1152, dtype=dtype), empty(outputs, 1152, dtype=dtype), empty(outputs, dtype=dtype)
     scale, shift = empty(2, 2304, dtype=dtype).chunk(2, dim=1)
@@ -71,10 +86,11 @@ def ones(dtype: torch.dtype) -> None:
     qk_norm_rope.run(image, one, None, None, True, "neighbours", 1e-6, "match_eager", None)
     residual_norm_modulate.run(row, row, row, one, one, row, row, one, empty(1), "rms", 1e-6, "match_eager")
     group_norm_act.run(image, 1, one, one, image, one, line, line, line, "silu", 1e-5)
+    skip_shortcut.run(image, image, line, one, one)
 
 
 LAYOUTS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels last"}
-MODULES = (exit_head, geglu, group_norm_act, lincomb, qk_norm_rope, residual_norm_modulate, rows)
+MODULES = (exit_head, geglu, group_norm_act, lincomb, qk_norm_rope, residual_norm_modulate, rows, skip_shortcut)
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     **{f"exit_head {outputs}": partial(output_layers, outputs) for outputs in (16, 32, 64)},
     "geglu": partial(feed_forward, "none"),
@@ -86,5 +102,6 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     **{f"qk_norm_rope {pairs}": partial(query, pairs) for pairs in ("neighbours", "halves")},
     **{f"residual_norm_modulate {width}": partial(block_boundary, width) for width in (1152, 3072)},
     **{f"group_norm_act {name}": partial(residual_block, layout) for layout, name in LAYOUTS.items()},
+    **{f"skip_shortcut {name}": partial(shortcut, layout) for layout, name in LAYOUTS.items()},
     "ones": ones,
 }

@@ -163,6 +163,7 @@ class UNet:
                 for channels, skip, size in self.pairs:
                     sizes = {"batch": batch, "channels": channels, "skip_channels": skip, "size": size, "last": last}
                     yield _case(operations.GroupNormAct(), self.name, "skip", **sizes)
+                    yield _case(operations.SkipShortcut(), self.name, **sizes, outputs=self._channels(size))
             for width, size in self.attention:
                 tokens = {"batch": batch, "tokens": size**2}
                 yield _case(
@@ -173,6 +174,10 @@ class UNet:
             latents, hidden = (4, size, size), (channels, size, size)
             yield _case(operations.Lincomb(), self.name, "guided step", batch=batch, count=3, sample=latents)
             yield _case(operations.Reuse(), self.name, "reuse", batch=batch, count=2, sample=hidden)
+
+    def _channels(self, size: int) -> int:
+        """What the decoder's blocks of a level make of features and skip connection."""
+        return next(channels for channels, side in self.levels if side == size)
 
 
 MODELS: tuple[Transformer | UNet, ...] = (
@@ -222,6 +227,7 @@ TINY = (
     _case(operations.ResidualNormModulate(), "", batch=1, tokens=16, width=64, adaptive=True),
     _case(operations.GroupNormAct(), "", batch=1, channels=64, size=8),
     _case(operations.GroupNormAct(), "", "skip", batch=1, channels=64, skip_channels=32, size=8),
+    _case(operations.SkipShortcut(), "", batch=1, channels=64, skip_channels=32, size=8, outputs=64),
     _case(operations.Geglu(), "", batch=1, tokens=16, hidden=64),
     _case(operations.GeluTanh(), "", batch=1, tokens=16, hidden=64),
     _case(operations.ExitHead(), "", batch=1, columns=4, width=64, patch=2, channels=4),

@@ -188,6 +188,31 @@ class GroupNormAct(Operation):
         return largest / deviation * weight + bias + torch.zeros_like(x)
 
 
+class SkipShortcut(Operation):
+    """In a residual block of a decoder: from the channels of features and skip connection to those of the level."""
+
+    name: ClassVar = "skip_shortcut"
+    limits: ClassVar = {"batch": 2, "channels": 40, "skip_channels": 24, "size": 5, "outputs": 36}
+
+    def inputs(
+        self, random: Random, batch: int, channels: int, skip_channels: int, size: int, outputs: int, last: bool = False
+    ) -> Given:
+        layout = torch.channels_last if last else torch.contiguous_format
+        x, skip = (
+            random(batch, width, size, size).contiguous(memory_format=layout) for width in (channels, skip_channels)
+        )
+        width = channels + skip_channels
+        weight = random(outputs, width, 1, 1) / width**0.5
+        return {"x": x, "skip": skip, "weight": weight, "bias": random(outputs)}
+
+    def eager(self, x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(torch.cat([x, skip], dim=1), weight, bias)
+
+    def terms(self, x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        # Every product is rounded on the way to a sum that may be small.
+        return F.conv2d(torch.cat([x, skip], dim=1).abs(), weight.abs(), bias.abs())
+
+
 class Geglu(Operation):
     """As UNets have it: with the error function."""
 

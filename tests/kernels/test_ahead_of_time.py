@@ -17,6 +17,9 @@ NARROW = {
     ("_moments", "group_norm_act contiguous"): 4,
     # The weight, which has one element for each thread.
     ("_qk_norm_rope", "qk_norm_rope neighbours"): 1,
+    # The bias, of which a thread has some rows of a product.
+    ("_skip_shortcut", "skip_shortcut contiguous"): 4,
+    ("_skip_shortcut", "skip_shortcut channels last"): 4,
 }
 """16-bit loads that are not of the operands that fill memory, by kernel and case."""
 

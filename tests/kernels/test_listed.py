@@ -18,6 +18,10 @@ SMALL = [*dict.fromkeys(case.small() for case in CASES)]
 LARGE: dict[str, tuple[operations.Operation, dict[str, Any]]] = {
     "residual_norm_modulate": (operations.ResidualNormModulate(), {"tokens": 1024, "width": 1024, "adaptive": True}),
     "group_norm_act": (operations.GroupNormAct(), {"channels": 4096, "size": 16}),
+    "skip_shortcut": (
+        operations.SkipShortcut(),
+        {"channels": 64, "skip_channels": 16, "size": 128, "outputs": 64},
+    ),
     "geglu": (operations.Geglu(), {"tokens": 1024, "hidden": 512}),
     "gelu_tanh": (operations.GeluTanh(), {"tokens": 1024, "hidden": 1024}),
     "exit_head": (operations.ExitHead(), {"columns": 32, "width": 1024, "patch": 2, "channels": 4}),
