@@ -27,6 +27,11 @@ HEADS = ("shared", "per_exit_norm", "per_exit")
 after a low-rank correction of the exit's own."""
 
 
+def sinusoids(timesteps: torch.Tensor) -> torch.Tensor:
+    """What stands for timesteps of shape ``(batch,)``: float32 of shape ``(batch, TIMESTEP_CHANNELS)``."""
+    return get_timestep_embedding(timesteps, TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+
+
 class UncertaintyModule(nn.Module):
     """One exit's estimate of how far its prediction is from the truth (DeeDiff, arXiv 2309.17074, section 3.2).
 
@@ -49,20 +54,17 @@ class UncertaintyModule(nn.Module):
         if self.time is not None:
             nn.init.zeros_(self.time.weight)
 
-    def forward(self, tokens: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """Uncertainty of every number of the prediction, in (0, 1), float32 of shape ``(batch, tokens, outputs)``.
 
         Args:
             tokens: those of the hidden state that the prediction is made of, shape ``(batch, tokens, width)``.
-            timesteps: in the units of the denoiser's own, shape ``(batch,)``.
+            time: `sinusoids` of the timesteps, shape ``(batch, TIMESTEP_CHANNELS)``.
         """
         weight = self.probe.weight
         logits = self.probe(tokens.detach().to(weight.dtype)).float()
         if self.time is not None:
-            sinusoids = get_timestep_embedding(
-                timesteps, TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0
-            )
-            logits = logits + self.time(sinusoids.to(weight.dtype)).float()[:, None]
+            logits = logits + self.time(time.to(weight.dtype)).float()[:, None]
         return logits.sigmoid()
 
 
@@ -130,6 +132,7 @@ class UncertaintyModules(ModelMixin, ConfigMixin):
             "per_exit": partial(ExitHead, rank=rank),
         }
         self.exit_heads = nn.ModuleList(kinds[heads](width) for _ in exits)
+        self._timesteps: torch.Tensor | None = None
 
     @property
     def exits(self) -> list[str]:
@@ -148,11 +151,16 @@ class UncertaintyModules(ModelMixin, ConfigMixin):
             hidden_states: what its unit is about to read, shape ``(batch, all tokens, width)``.
             timesteps: shape ``(batch,)``.
         """
-        module = self.uncertainty[exit]
-        if next(module.parameters()).device != hidden_states.device:
-            module.to(hidden_states.device)
-        uncertainty: torch.Tensor = module(self.tokens(hidden_states), timesteps)
+        if self.device != hidden_states.device:
+            self.to(hidden_states.device)
+        uncertainty: torch.Tensor = self.uncertainty[exit](self.tokens(hidden_states), self._time(timesteps))
         return uncertainty
+
+    def _time(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The timesteps' sinusoids, made once for all exits of a call, which hand over the same tensor."""
+        if self._timesteps is not timesteps:
+            self._timesteps, self._sinusoids = timesteps, sinusoids(timesteps)
+        return self._sinusoids
 
     def score(self, exit: int, hidden_states: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """One exit's mean uncertainty for each sample, in (0, 1), float32 of shape ``(batch,)``."""

@@ -102,6 +102,7 @@ class Exits:
         self._compact: Streams = ()
         self._last: Streams = ()  # what the unit before returned
         self._taken: dict[int, tuple[Any, Any]] = {}
+        self._times: torch.Tensor | None = None
         self._decisions: list[_Decision] = []
 
     # -- what is told afterwards ---------------------------------------------------------------------------------------
@@ -201,9 +202,11 @@ class Exits:
             uncertainty = self._rule.scorers[column](hidden, self._timesteps(hidden))
             uncertainty = uncertainty.view(self._copies, len(self._active))
             below = self._reduced(uncertainty) < threshold
-        samples = slice(None) if self._rows is None else self._rows[: len(self._active)]
-        self._passes[samples] += below
-        return _Decision(column, tuple(self._active), self._passes[samples] >= self._rule.patience)
+        if self._rule.patience > 1:
+            samples = slice(None) if self._rows is None else self._rows[: len(self._active)]
+            self._passes[samples] += below
+            below = self._passes[samples] >= self._rule.patience
+        return _Decision(column, tuple(self._active), below)
 
     def _reduced(self, uncertainty: torch.Tensor) -> torch.Tensor:
         """One uncertainty for each sample, of those of its copies, shape ``(copies, samples)``."""
@@ -214,10 +217,14 @@ class Exits:
         return uncertainty.amax(0)
 
     def _timesteps(self, hidden: torch.Tensor) -> torch.Tensor:
-        timestep = torch.as_tensor(self._timestep, device=hidden.device)
-        if timestep.ndim and timestep.shape[0] == self._batch:
-            return timestep if self._rows is None else self._take(timestep)
-        return timestep.reshape(-1)[:1].expand(hidden.shape[0])
+        """The timestep of each active row; the same tensor until samples stop."""
+        if self._times is None:
+            timestep = torch.as_tensor(self._timestep, device=hidden.device)
+            if timestep.ndim and timestep.shape[0] == self._batch:
+                self._times = timestep if self._rows is None else timestep.index_select(0, self._rows)
+            else:
+                self._times = timestep.reshape(-1)[:1].expand(hidden.shape[0])
+        return self._times
 
     def _stop(self, column: int, leaving: Sequence[int], whole: Streams, compact: Streams) -> tuple[Streams, Streams]:
         """Put samples back that stop here, and go on with the others."""
@@ -235,6 +242,7 @@ class Exits:
         self._active = [self._active[place] for place in stay]
         self._rows = _every_copy(self._active, samples, self._copies, device)
         self._taken.clear()
+        self._times = None
         return whole, compact
 
     def _rows_of(self, stream: Any, places: Sequence[int], samples: int) -> Any:
