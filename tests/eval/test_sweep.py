@@ -12,9 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,79 +21,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
 
 from fastdiff.errors import ConfigError, FastDiffError
-from fastdiff.eval.peers import Peer, PeerUnavailableError
-from fastdiff.eval.points import Point, read_points
 from fastdiff.eval.processes import OtherProcessError
-from fastdiff.eval.sampling import BadImageError, Samples
-from fastdiff.eval.store import Store, StoreError
-from fastdiff.eval.sweep import Settings, Sweep, SweepError, steps_in_time
+from fastdiff.eval.sampling import BadImageError
+from fastdiff.eval.store import Store
+from fastdiff.eval.sweep import Settings, Sweep, steps_in_time
 from fastdiff.eval.tasks import make_task
-from fastdiff.eval.ways import Way, parse_ways
-from tiny.pipelines import TINY_PIPELINES
-
-STEPS = 4
-SPECS = ("steps:2", "feature-inheritance:interval=2")
-KEYS = ("steps-2", "steps-4", "steps-4+feature-inheritance")
-
-
-def tiny_dit() -> DiffusionPipeline:
-    return TINY_PIPELINES["DiTPipeline"].build()
-
-
-def judge(samples: Samples, full: Samples) -> dict[str, Any]:
-    error = np.square(samples.denoised - full.denoised).mean()
-    return {"mean": samples.images.mean(axis=(0, 1, 2)), "error": float(error), "samples": len(samples)}
-
-
-def sweep(
-    folder: Path,
-    specs: tuple[str, ...] = SPECS,
-    *,
-    pipe: DiffusionPipeline | None = None,
-    seed: int = 0,
-    ways: tuple[Way, ...] = (),
-    judged: Mapping[str, Any] | None = None,
-    judge: Callable[[Samples, Samples], Mapping[str, Any]] = judge,
-    **settings: Any,
-) -> Sweep:
-    pipe = pipe or tiny_dit()
-    task = make_task(pipe, class_labels=range(10), guidance_scale=1.5, seed=seed)
-    given = {"num_samples": 7, "batch_size": 2, "rounds": 0, "matches": False, "timing_batch": 2} | settings
-    return Sweep(
-        pipe,
-        [*parse_ways(specs, STEPS), *ways],
-        task,
-        judge,
-        folder,
-        Settings(num_inference_steps=STEPS, **given),
-        judged=judged,
-        progress=False,
-    )
-
-
-def contents(store: Store) -> dict[str, Any]:
-    """All images to the byte, and all quality."""
-    return {
-        key: (
-            store.samples(key, 7, 2).images.tobytes(),
-            store.samples(key, 7, 2).denoised.tobytes(),
-            store.quality(key),
-        )
-        for key in store.way_keys()
-    }
-
-
-def points(store: Store) -> dict[str, Point]:
-    return {point.key: point for point in read_points(store)}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return contents(sweep(tmp_path_factory.mktemp("sweep")).run())
-
+from fastdiff.eval.ways import parse_ways
+from tiny.sweeps import KEYS, SPECS, STEPS, contents, judge, points, sweep, tiny_dit
 
 # -- what is compared --------------------------------------------------------------------------------------------------
 
@@ -222,185 +156,6 @@ def test_other_settings_and_other_weights_are_refused(tmp_path: Path) -> None:
     changed.scheduler = type(changed.scheduler).from_config(changed.scheduler.config, timestep_spacing="trailing")
     with pytest.raises(ConfigError, match="timestep_spacing is 'trailing'"):
         sweep(tmp_path, ("steps:2",), pipe=changed).run()
-
-
-# -- ways that cannot be sampled ---------------------------------------------------------------------------------------
-
-
-class Refusing(Peer):
-    """A package that cannot do anything."""
-
-    name = "refusing"
-    distribution = "refusing"
-    module = "json"
-
-    def _enable(self, pipe: DiffusionPipeline, num_inference_steps: int) -> Callable[[], Any]:
-        raise PeerUnavailableError("it refuses")
-
-
-class Failing(Refusing):
-    """A package that fails in the call."""
-
-    name = "failing"
-
-    def _enable(self, pipe: DiffusionPipeline, num_inference_steps: int) -> Callable[[], Any]:
-        hook = pipe.transformer.register_forward_hook(lambda *_: [][0])
-        return hook.remove
-
-
-class Idle(Refusing):
-    """A package that does nothing and says so."""
-
-    name = "idle"
-
-    def _enable(self, pipe: DiffusionPipeline, num_inference_steps: int) -> Callable[[], Any]:
-        return lambda: None
-
-    def engaged(self, pipe: DiffusionPipeline) -> bool:
-        return False
-
-
-def _break(_: Any, __: Any, output: Any) -> None:
-    output.sample.mul_(torch.nan)
-
-
-def _dim(_: Any, __: Any, output: Any) -> None:
-    output.sample.mul_(0.9)
-
-
-class Breaking(Refusing):
-    """A package that breaks images."""
-
-    name = "breaking"
-
-    def _enable(self, pipe: DiffusionPipeline, num_inference_steps: int) -> Callable[[], Any]:
-        hook = pipe.transformer.register_forward_hook(_break)
-        return hook.remove
-
-
-@dataclass(frozen=True)
-class Calibrating(Idle):
-    """A package that measures something in a call before it can be enabled."""
-
-    scale: float | None = None
-
-    name = "calibrating"
-
-    def prepared(self, pipe: DiffusionPipeline, num_inference_steps: int, sample: Callable[[], Any]) -> Peer:
-        calls: list[Any] = []
-        hook = pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
-        sample()
-        hook.remove()
-        return replace(self, scale=float(len(calls)))
-
-    def _enable(self, pipe: DiffusionPipeline, num_inference_steps: int) -> Callable[[], Any]:
-        assert self.scale == STEPS
-        hook = pipe.transformer.register_forward_hook(_dim)
-        return hook.remove
-
-    def engaged(self, pipe: DiffusionPipeline) -> bool:
-        return True
-
-
-for peer in (Refusing, Failing, Idle, Breaking, Calibrating):
-    Peer.registry.pop(peer.name, None)  # they are for these tests alone
-
-
-@pytest.mark.parametrize("rounds", [0, 1])
-def test_peers_that_cannot_run_are_listed_with_the_reason(tmp_path: Path, rounds: int) -> None:
-    ways = tuple(Way(STEPS, peer=peer()) for peer in (Refusing, Failing, Idle))
-    found = points(sweep(tmp_path, ways=ways, rounds=rounds).run())
-    assert found["steps-4+refusing"].error == {"kind": "PeerUnavailableError", "message": "it refuses"}
-    assert found["steps-4+failing"].error == {"kind": "IndexError", "message": "list index out of range"}
-    assert found["steps-4+failing"].quality is None
-    assert all(found[key].quality is not None and found[key].error is None for key in KEYS)
-    idle = found["steps-4+idle"]
-    assert idle.macs_share == pytest.approx(1)
-    assert any("left nothing out" in note for note in idle.notes)
-    assert any("changed nothing" in note for note in idle.notes)
-
-
-@pytest.mark.parametrize("rounds", [0, 1])
-def test_a_peer_that_measures_something_first_keeps_its_name(tmp_path: Path, rounds: int) -> None:
-    way = Way(STEPS, peer=Calibrating())
-    found = points(sweep(tmp_path, ways=(way,), rounds=rounds).run())
-    assert set(found) == {*KEYS, way.key}
-    assert {path.name for path in (tmp_path / "ways").iterdir()} == set(found)
-    assert found[way.key].error is None
-    assert found[way.key].quality is not None
-    assert found[way.key].quality["error"] > 0
-    assert len(found[way.key].timings) == 2 * rounds
-
-
-def test_a_method_for_another_model_is_listed_with_the_reason(tmp_path: Path) -> None:
-    found = points(sweep(tmp_path, ("skip-tuning", "steps:2"), rounds=1).run())
-    error = found["steps-4+skip-tuning"].error
-    assert error is not None
-    assert "Error" in error["kind"]
-    assert found["steps-2"].quality is not None
-
-
-def test_bad_images_are_a_typed_error_when_all_else_is_finished(tmp_path: Path) -> None:
-    ways = (Way(STEPS, peer=Breaking()),)
-    with pytest.raises(SweepError, match=r"1 of 4 ways.*seed 0.*steps-4\+breaking.*not finite"):
-        sweep(tmp_path, ways=ways).run()
-    found = points(Store(tmp_path))
-    assert found["steps-4+breaking"].error["kind"] == "BadImageError"  # type: ignore[index]
-    assert all(found[key].quality is not None for key in KEYS)
-
-
-def test_bad_images_of_full_sampling_end_the_sweep(tmp_path: Path) -> None:
-    pipe = tiny_dit()
-    with torch.no_grad():
-        pipe.vae.decoder.conv_out.bias.fill_(torch.nan)
-    with pytest.raises(BadImageError, match=r"seed 0.*steps-4,"):
-        sweep(tmp_path, pipe=pipe).run()
-
-
-def test_faults_of_fastdiff_itself_are_not_excused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Way.applied
-
-    @contextmanager
-    def faulty(way: Way, pipe: DiffusionPipeline) -> Iterator[Any]:
-        if way.methods:
-            raise ZeroDivisionError
-        with made(way, pipe):
-            yield
-
-    monkeypatch.setattr(Way, "applied", faulty)
-    with pytest.raises(ZeroDivisionError):
-        sweep(tmp_path).run()
-
-
-def test_a_full_disk_keeps_what_is_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: dict[str, Any]
-) -> None:
-    replace, moved = os.replace, 0
-
-    def full(*args: Any) -> None:
-        nonlocal moved
-        moved += 1
-        if moved > 9:
-            raise OSError(28, "No space left on device")
-        replace(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        with pytest.raises(StoreError, match="No space left"):
-            sweep(tmp_path).run()
-    assert Store(tmp_path).quality("steps-4") is None
-    assert Store(tmp_path).has_batch("steps-4", 1)
-    assert contents(sweep(tmp_path).run()) == uninterrupted
-
-
-def test_an_error_of_the_judge_keeps_the_images(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
-    def refusing(*_: Samples) -> dict[str, Any]:
-        raise FastDiffError("the reference has another size")
-
-    with pytest.raises(FastDiffError, match="another size"):
-        sweep(tmp_path, judge=refusing).run()
-    assert Store(tmp_path).has_batch("steps-4", 3)
-    assert contents(sweep(tmp_path).run()) == uninterrupted
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
