@@ -21,7 +21,7 @@ __all__ = ["write_report"]
 
 
 def write_report(results: Results, images: Mapping[str, np.ndarray], folder: Path) -> None:
-    """Write ``results.json``, ``.csv`` and ``.md``, plots as PNG and SVG, the plans and ``report.html``.
+    """Write ``results.json``, ``.csv``, ``.md`` and in brief ``summary.md``, plots, the plans and ``report.html``.
 
     Args:
         results: the rows.
@@ -41,6 +41,7 @@ def write_report(results: Results, images: Mapping[str, np.ndarray], folder: Pat
     write_json(folder / "results.json", as_data(results))
     (folder / "results.csv").write_text(as_csv(results), encoding="utf-8")
     (folder / "results.md").write_text(as_markdown(results), encoding="utf-8")
+    (folder / "summary.md").write_text(as_markdown(results, brief=True), encoding="utf-8")
     (folder / "report.html").write_text(render(results, images, pictures), encoding="utf-8")
 
 

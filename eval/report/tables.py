@@ -16,15 +16,20 @@ from fastdiff.eval.report import texts
 from fastdiff.eval.results import Results, kind_of
 
 
-def as_markdown(results: Results) -> str:
-    """All rows, what could not be sampled with the reason, and how it was measured."""
-    criteria = results.criteria
+def as_markdown(results: Results, *, brief: bool = False) -> str:
+    """All rows, what could not be sampled with the reason, and how it was measured.
+
+    Args:
+        results: the rows.
+        brief: only the criteria that decide, and only the verdict against plain sampling in the same time.
+    """
     deciding = deciding_criteria(results)
+    criteria, compared = (deciding, []) if brief else (results.criteria, deciding)
     batch, single = results.batch, results.batch != 1
     head = ["", *([f"speedup, {batch} at a time"] if batch else []), *(["one at a time"] if batch and single else [])]
     head += ["MACs", *(title(name) for name in criteria)]
     if matched := any(results.match(point) for point in results.points):
-        head += ["plain in the same time", *(f"{CRITERIA[name].title} against it" for name in deciding), "verdict"]
+        head += ["plain in the same time", *(f"{CRITERIA[name].title} against it" for name in compared), "verdict"]
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     for point in results.measured:
         cells = [escaped(name_of(point))]
@@ -34,9 +39,9 @@ def as_markdown(results: Results) -> str:
             cells.append(texts.median(point.timings[1].speedup if 1 in point.timings else None))
         cells += [texts.percent(point.macs_share), *(_cell(point, name) for name in criteria)]
         if matched:
-            cells += _against(results, point, deciding)
+            cells += _against(results, point, compared)
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *_unable(results), *(f"{note}\n" for note in notes(results))])
+    return "\n".join([*lines, "", *_unable(results), *(f"{note}\n" for note in notes(results, brief=brief))])
 
 
 def escaped(text: str) -> str:
@@ -91,8 +96,8 @@ def _unable(results: Results) -> list[str]:
     return ["Could not be sampled:", "", *lines, ""]
 
 
-def notes(results: Results) -> list[str]:
-    """How the numbers came about, one paragraph each."""
+def notes(results: Results, *, brief: bool = False) -> list[str]:
+    """How the numbers came about, one paragraph each; in brief without those of what is not shown."""
     header = results.header
     samples, sets = header["num_samples"], header["seeds"]
     seeds = ", ".join(f"{first} to {first + samples - 1}" for first in sets)
@@ -112,17 +117,18 @@ def notes(results: Results) -> list[str]:
         "MACs: multiply-accumulates of the denoiser, counted, as a share of full sampling's "
         f"{texts.macs(results.points[0].macs)} for an image."
     )
-    told += _criteria_notes(results)
+    told += _criteria_notes(results, brief)
     if any(results.match(point) for point in results.points):
+        against = "" if brief else " Against it: the row less that, ± 1.96 standard errors of the difference."
         told.append(
-            "Plain in the same time: the number of steps whose wall clock is nearest to the row's. Against it: the row "
-            "less that, ± 1.96 standard errors of the difference, which is small because both start from the same "
-            "noise. The verdict counts what is beyond these errors: better if something is and nothing is worse."
+            f"Plain in the same time: the number of steps whose wall clock is nearest to the row's.{against} The "
+            "verdict counts what differs by more than 1.96 standard errors of the difference, which are small because "
+            "both start from the same noise: better if something is and nothing is worse."
         )
     return told
 
 
-def _criteria_notes(results: Results) -> list[str]:
+def _criteria_notes(results: Results, brief: bool) -> list[str]:
     header, names = results.header, results.criteria
     judged = header["judged"]
     told = []
@@ -140,6 +146,8 @@ def _criteria_notes(results: Results) -> list[str]:
             "To full: against full sampling's image of the same seed. It says how much a method changes the samples, "
             "not how good they are."
         )
+    if brief:
+        return told
     judged_points = (point.quality for point in results.measured if point.quality and "fid" in point.quality)
     absent = next((quality["fid"].get("absent") for quality in judged_points), None) or {}
     told += [f"Not measured: {name.replace('_', ' ')}: {reason}" for name, reason in absent.items()]

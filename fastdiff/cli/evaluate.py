@@ -21,7 +21,8 @@ PURPOSE = """\
 Compare ways of sampling with one pipeline: how much faster each is, how much worse, and whether another package or just
 fewer steps would have done better. Every way samples the same seeds; times are taken in turns. Everything that is
 finished is on disk: the same command goes on where a killed one stopped, and `accelerate launch -m fastdiff.eval ...`
-shares the work between processes. The folder gets report.html, results.json, .csv and .md, and plots."""
+shares the work between processes. The folder gets report.html, results.json, .csv and .md, summary.md
+with what decides, and plots."""
 
 EXAMPLES = (
     "fastdiff eval zoo:glyphs-dit --method preset:balanced --baseline deepcache --num-samples 100 --out report",
@@ -154,7 +155,7 @@ def show(results: Results, out: str) -> None:
     from fastdiff.eval.report.headline import headline
     from fastdiff.eval.report.tables import as_markdown
 
-    print(as_markdown(results))
+    print(as_markdown(results, brief=True))
     print(headline(results))
     print(f"Open {Path(out) / 'report.html'}")
 

@@ -59,7 +59,7 @@ def out(made: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_files_are_there(out: Path) -> None:
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     plots = {f"trade-off-{name}.{kind}" for name in ("fid", "psnr") for kind in ("png", "svg")}
-    tables = {"results.json", "results.csv", "results.md", "report.html"}
+    tables = {"results.json", "results.csv", "results.md", "summary.md", "report.html"}
     assert found == plots | tables | {"samples.png", "plans/better.json", "plans/better.png"}
     assert ComputePlan.load(out / "plans" / "better.json").table.tolist() == plan().table.tolist()
 
@@ -99,6 +99,20 @@ def test_every_row_is_in_every_table_with_the_number_of_the_results(out: Path, m
         assert f"| {fid:.2f} ± " in shown
         assert f"{speedup:.2f}×" in page.text
         assert line["verdict"] == (point["verdict"] or "")
+
+
+def test_a_summary_has_every_row_and_what_decides(made: Results) -> None:
+    whole, brief = as_markdown(made), as_markdown(made, brief=True)
+    rows = [[line.split(" | ") for line in text.splitlines() if line.startswith("| ")] for text in (whole, brief)]
+    assert [row[0] for row in rows[1]] == [row[0] for row in rows[0]]
+    assert [row[-1] for row in rows[1]] == [row[-1] for row in rows[0]]
+    told = " | ".join(rows[1][0])
+    assert "FID" in told
+    assert "PSNR" in told
+    assert not any(word in told for word in ("SSIM", "KID", "against it"))
+    assert "Against it" not in brief
+    assert {len(row) for row in rows[1]} == {len(rows[1][0])}
+    assert len(brief) < len(whole)
 
 
 def test_markdown_rows_have_as_many_cells_as_its_head(made: Results) -> None:
