@@ -172,7 +172,8 @@ def name_of(way: Mapping[str, Any]) -> str:
         way: what ``way.json`` says of it, or a point of ``results.json``.
     """
     label, group = way["label"] or way["spec"], way["group"]
-    name = label if way["plain"] or label.startswith(group) else f"{group}: {label}"
+    tells_group = all(part in label for part in group.split(" + "))
+    name = label if way["plain"] or tells_group else f"{group}: {label}"
     return name if way["model"] == MAIN else f"{way['model']}: {name}"
 
 

@@ -168,3 +168,21 @@ def test_equal_to_full_is_no_place_in_a_plot_and_no_number_in_a_table() -> None:
     assert not is_drawn(made, made.point("unable"), "fid")
     line = next(line for line in as_markdown(made).splitlines() if "share=0.5" in line)
     assert line.count("equal") == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("steps:9", "9 steps"),
+        ("preset:fast", "preset fast"),
+        ("layer-skipping:speedup=2", "layer-skipping speedup=2"),
+        ("skip-tuning:rho=0.9+layer-skipping", "skip-tuning rho=0.9 + layer-skipping"),
+    ],
+)
+def test_a_name_says_its_group_once(spec: str, name: str) -> None:
+    (way,) = parse_ways([spec], 20)
+    assert name_of({"label": way.label, "group": way.group, "plain": way.is_plain, "model": way.model}) == name
+
+
+def test_a_label_that_says_nothing_of_its_group_stands_behind_it() -> None:
+    assert name_of({"label": "half", "group": "skipping", "plain": False, "model": "tuned"}) == "tuned: skipping: half"
