@@ -27,7 +27,7 @@ TUNED_WAY = "tuned@exit-schedule:preset=ase-demo"
 
 PURPOSE = """\
 Sample a shipped model in full and with every method, from the same seeds, and measure what each gains and costs. Needs
-no download and no accelerator; it takes about three minutes on two CPU cores. Simply taking fewer steps is measured
+no download and no accelerator; it takes three to four minutes on two CPU cores. Simply taking fewer steps is measured
 too, so that you see whether a method beats it, and rows that lose stay in. The folder gets report.html, pictures, the
 plans that ran, and the numbers as JSON, CSV and Markdown. `fastdiff eval` does the same for any model, with everything
 of your choice, and adds other packages."""
