@@ -162,7 +162,22 @@ def flop_counter() -> FlopCounterMode:
     attention = {
         getattr(torch.ops.aten, name): _attention_flops for name in _ATTENTION_OPS if hasattr(torch.ops.aten, name)
     }
-    return FlopCounterMode(display=False, custom_mapping=attention)
+    counter = FlopCounterMode(display=False, custom_mapping=attention)
+    counter.mod_tracker = _Untracked()
+    return counter
+
+
+class _Untracked:
+    """In place of what attributes FLOPs to modules: only totals are read, and it does not end on cyclic modules.
+
+    Some packages put a denoiser into a module that they put into the denoiser.
+    """
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 _ATTENTION_OPS = (

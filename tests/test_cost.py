@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff import ComputePlan, ExitSchedule, FeatureInheritance, LayerSkipping, ProfileMismatchError
 from fastdiff.backbones import Backbone, view
-from fastdiff.cost import UnitCosts, count_macs, measure, time_units
+from fastdiff.cost import UnitCosts, count_macs, flop_counter, measure, time_units
 from fastdiff.methods import Method
 from tiny.models import TINY_MODELS
 from tiny.plans import C, D, E, F, R, S, names, plan_of, tables
@@ -203,3 +203,12 @@ def test_a_deeper_exit_never_costs_less(name: str) -> None:
     assert macs[-1] == costs.total_macs
     assert prices[-1].speedup == pytest.approx(1)
     assert [price.speedup for price in prices] == sorted((price.speedup for price in prices), reverse=True)
+
+
+def test_flops_of_modules_that_hold_each_other_are_counted() -> None:
+    """As some packages leave a denoiser whose blocks hold it."""
+    model = nn.Sequential(nn.Linear(4, 8))
+    model[0].owner = model
+    with flop_counter() as counter:
+        model(torch.zeros(3, 4))
+    assert counter.get_total_flops() == 2 * 3 * 4 * 8
