@@ -64,6 +64,60 @@ def test_sampling_interface_needs_no_extra(tmp_path: Path) -> None:
     assert not {"matplotlib", "torchmetrics", "fastdiff.eval", "fastdiff.cli"} & set(loaded)
 
 
+BASE_ONLY = """
+import importlib.metadata as metadata, re, sys
+
+def needed(name, found):
+    key = re.sub("[-_.]+", "-", name).lower()
+    if key in found:
+        return found
+    try:
+        requirements = metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return found
+    found.add(key)
+    for requirement in requirements:
+        if "extra ==" not in requirement:
+            needed(re.match("[A-Za-z0-9._-]+", requirement)[0], found)
+    return found
+
+base = needed("fastdiff", set())
+owners = metadata.packages_distributions()
+others = {
+    module for module, names in owners.items() if not base & {re.sub("[-_.]+", "-", name).lower() for name in names}
+}
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in others else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+assert "pytest" in others and "torchmetrics" not in others
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+found = metadata.Distribution.from_name.__func__
+
+def from_name(cls, name):
+    if re.sub("[-_.]+", "-", name).lower() not in base:
+        raise metadata.PackageNotFoundError(name)
+    return found(cls, name)
+
+metadata.Distribution.from_name = classmethod(from_name)
+"""
+"""Hides every package that a plain installation does not bring."""
+
+
+def test_the_demo_needs_no_extra(tmp_path: Path) -> None:
+    words = ["demo", "--num-samples", "2", "--batch-size", "2", "--num-inference-steps", "3", "--out", "out"]
+    said = run(f"{BASE_ONLY}\nfrom fastdiff.cli.main import main\nassert main({words!r}) == 0", cwd=tmp_path)
+    assert "report.html" in said
+    assert (tmp_path / "out/report.html").is_file()
+
+
 def test_checkout_finds_its_mapped_folders_without_an_editable_install(root: Path) -> None:
     # -S: no import hook of an editable install helps.
     paths = [path for path in sys.path if path.endswith("site-packages")]
