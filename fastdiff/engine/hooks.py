@@ -1,6 +1,7 @@
 """The acting hooks on units and on what reads long skips.
 
-This is the only module that touches diffusers' hook registry, which is private API.
+diffusers' hook registry is private API: this module alone registers hooks, and `fastdiff.kernels.patching` looks up the
+forwards behind them.
 """
 
 from __future__ import annotations
