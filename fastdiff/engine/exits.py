@@ -23,6 +23,10 @@ SCOPES = ("per_sample", "batch_mean", "batch_all")
 Scorer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Hidden state ``(rows, ...)`` and timesteps ``(rows,)`` to uncertainties in [0, 1], shape ``(rows,)``."""
 
+Watch = Callable[[int, int, torch.Tensor], None]
+"""Told an evaluation's row, an exit's column, and the uncertainties there of the samples that still run, on the device,
+as they are compared with the threshold."""
+
 
 @dataclass(frozen=True)
 class ExitRule:
@@ -36,6 +40,7 @@ class ExitRule:
         patience: times that an uncertainty must have been below.
         lookahead: units that run between a decision and its effect, while it is read back from the device; None for 1
             on accelerators and 0 on the CPU.
+        watch: told every uncertainty, also where the threshold is 0 and nobody can stop.
     """
 
     scorers: Mapping[int, Scorer]
@@ -43,6 +48,11 @@ class ExitRule:
     scope: str = "per_sample"
     patience: int = 1
     lookahead: int | None = None
+    watch: Watch | None = None
+
+    def asks(self, row: int, column: int) -> bool:
+        """Whether uncertainties are asked for before a unit, in an evaluation."""
+        return column in self.scorers and (self.watch is not None or bool(self.thresholds[row, column] > 0))
 
 
 class HandOver:
@@ -90,6 +100,7 @@ class Exits:
         depths: np.ndarray | None = None,
     ) -> None:
         self._rule = rule
+        self._row = row
         self._thresholds = rule.thresholds[row]
         self._heads = heads
         self._timestep = timestep
@@ -187,7 +198,7 @@ class Exits:
         """The samples that stop before this unit."""
         if self._follows is not None:
             return [sample for sample in self._active if self._follows[sample] <= column]
-        if self._active and column in self._rule.scorers and self._thresholds[column] > 0:
+        if self._active and self._rule.asks(self._row, column):
             self._decisions.append(self._decide(column, hidden))
         leaving: set[int] = set()
         while self._decisions and self._decisions[0].column <= column - self._lookahead:
@@ -201,7 +212,10 @@ class Exits:
         else:
             uncertainty = self._rule.scorers[column](hidden, self._timesteps(hidden))
             uncertainty = uncertainty.view(self._copies, len(self._active))
-            below = self._reduced(uncertainty) < threshold
+            reduced = self._reduced(uncertainty)
+            if self._rule.watch is not None:
+                self._rule.watch(self._row, column, reduced)
+            below = reduced < threshold
         if self._rule.patience > 1:
             samples = slice(None) if self._rows is None else self._rows[: len(self._active)]
             self._passes[samples] += below

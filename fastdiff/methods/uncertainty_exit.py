@@ -17,7 +17,7 @@ from fastdiff.methods.base import Method, PlanRequest, check_number, check_tuple
 from fastdiff.plan import ComputePlan
 
 if TYPE_CHECKING:
-    from fastdiff.engine.exits import ExitRule
+    from fastdiff.engine.exits import ExitRule, Watch
     from fastdiff.uem.modules import UncertaintyModules
 
 MANY = 10_000
@@ -60,6 +60,7 @@ class UncertaintyExit(Method):
     lookahead: int | None = None
     exits: tuple[str, ...] = ()
     _loaded: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _watch: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +115,18 @@ class UncertaintyExit(Method):
         method._loaded[WEIGHTS] = modules
         return method
 
+    def changed(self, **settings: Any) -> UncertaintyExit:
+        """The same with other settings, and with the same modules in memory if they are there."""
+        method = dataclasses.replace(self, **settings)
+        method._loaded.update(self._loaded)
+        return method
+
+    def watched(self, watch: Watch) -> UncertaintyExit:
+        """The same, which never stops a sample and tells what every exit finds; see `fastdiff.engine.exits.Watch`."""
+        method = self.changed(threshold=0, bin_edges=(), thresholds=())
+        object.__setattr__(method, "_watch", watch)
+        return method
+
     def modules(self) -> UncertaintyModules:
         """The trained modules, loaded when first asked for.
 
@@ -160,7 +173,7 @@ class UncertaintyExit(Method):
                 thresholds[:, column] = table[:, number]
                 scorers[column] = partial(modules.score, number)
         thresholds[thresholds >= 1] = np.inf
-        return ExitRule(scorers, thresholds, self.scope, self.patience, self.lookahead)
+        return ExitRule(scorers, thresholds, self.scope, self.patience, self.lookahead, self._watch)
 
     def _table(self, timesteps: np.ndarray, exits: int) -> np.ndarray:
         """Thresholds of shape ``(evaluations, exits)``."""
