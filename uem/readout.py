@@ -29,12 +29,16 @@ class ExitOutputs:
             ``(exits, *sample.shape)``; variances that some denoisers predict besides are left off.
         full: the denoiser's own prediction, of the sample's shape.
         timesteps: shape ``(batch,)``.
+        read: the hidden states as the heads corrected them, of the shape of ``hidden``.
+        last: the hidden state that the denoiser's own output layers read, shape ``(batch, tokens, width)``.
     """
 
     hidden: torch.Tensor
     predictions: torch.Tensor
     full: torch.Tensor
     timesteps: torch.Tensor
+    read: torch.Tensor
+    last: torch.Tensor
 
 
 class ExitReadout:
@@ -80,7 +84,8 @@ class ExitReadout:
         hidden = [seen[column] for column in self._columns]
         read = [head(state) for head, state in zip(self._modules.exit_heads, hidden, strict=True)]
         predictions = self._read_out(torch.cat(read), arguments, len(hidden)).unflatten(0, (len(hidden), -1))
-        return ExitOutputs(torch.stack(hidden), predictions, full, _timesteps(arguments))
+        last = seen[len(self._backbone.units)]
+        return ExitOutputs(torch.stack(hidden), predictions, full, _timesteps(arguments), torch.stack(read), last)
 
     def _call(self, arguments: Mapping[str, Any]) -> torch.Tensor:
         output: torch.Tensor = self._denoiser(**arguments, return_dict=False)[0]
@@ -88,7 +93,7 @@ class ExitReadout:
 
     @contextmanager
     def _watched(self) -> Iterator[dict[int, torch.Tensor]]:
-        """Within the block, what the exits' units read is noted by their columns."""
+        """Within the block, what the exits' units read is noted by their columns, and what the last one returns."""
         seen: dict[int, torch.Tensor] = {}
         with ExitStack() as handles:
             for column in self._columns:
@@ -102,6 +107,12 @@ class ExitReadout:
 
                 handle = unit.module.register_forward_pre_hook(note, with_kwargs=True)
                 handles.callback(handle.remove)
+            end = self._backbone.units[-1]
+
+            def note_end(_: nn.Module, __: Any, output: Any) -> None:
+                seen[len(self._backbone.units)] = output if end.io is None else end.io.parse(output)[0]
+
+            handles.callback(end.module.register_forward_hook(note_end).remove)
             yield seen
 
     def _read_out(self, hidden: torch.Tensor, arguments: Mapping[str, Any], times: int) -> torch.Tensor:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import fastdiff
-from fastdiff.cli import demo, evaluate, generate, info, plan
+from fastdiff.cli import calibrate, demo, evaluate, generate, info, plan, train_uem
 from fastdiff.cli.options import FAILURE, HelpFormatter, examples
 from fastdiff.errors import FastDiffError
 
 INTERRUPTED = 130
-SUBCOMMANDS = (demo, evaluate, generate, plan, info)
+SUBCOMMANDS = (demo, evaluate, generate, plan, info, train_uem, calibrate)
 
 
 class _Parser(argparse.ArgumentParser):
