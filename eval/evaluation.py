@@ -277,7 +277,7 @@ class _Run:
 
     def _load(self, model: str) -> DiffusionPipeline:
         settings = self._settings
-        scheduler = None if settings.scheduler is None else _scheduler(settings.scheduler)
+        scheduler = None if settings.scheduler is None else scheduler_class(settings.scheduler)
         pipe = load(model, self._device, settings.dtype, preset="off")
         pipe.set_progress_bar_config(disable=True)
         if scheduler is not None:
@@ -468,7 +468,7 @@ def _packages() -> dict[str, str | None]:
     return {name: package_version(name) for name in names}
 
 
-def _scheduler(name: str) -> Any:
+def scheduler_class(name: str) -> Any:
     """A scheduler class of diffusers'.
 
     Raises:

@@ -26,7 +26,7 @@ import fastdiff
 from fastdiff.errors import ConfigError
 from fastdiff.methods import ExitSchedule, FeatureInheritance, Method, SavedPlan
 from fastdiff.pipelines.acceleration import preset_methods
-from fastdiff.spec import format_method, kebab, method_classes, parse_method
+from fastdiff.spec import PLAN, SAVED, format_method, kebab, method_classes, parse_method
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -229,7 +229,7 @@ def _parse(spec: str, steps: int, model: str, units: int | None) -> Way:
             continue
         if name == "preset":
             methods += preset_methods(rest)
-        elif name == "plan" or name in method_classes():
+        elif name in (PLAN, SAVED) or name in method_classes():
             methods.append(_method(part, name, rest, units))
         else:
             peers.append(_peer(part, name))
@@ -259,7 +259,7 @@ def _peer(spec: str, name: str) -> Peer:
     if name not in names():
         raise ConfigError(
             f"There is no way of sampling {name!r}; there are steps:NUMBER, preset:NAME, "
-            f"{', '.join(method_classes())}, plan:FILE, and of other packages {', '.join(names())}."
+            f"{', '.join(method_classes())}, {PLAN}:FILE, {SAVED}:FILE, and of other packages {', '.join(names())}."
         )
     return parse_peer(spec)
 

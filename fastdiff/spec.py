@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import ConfigError
@@ -16,6 +18,9 @@ from fastdiff.plan import ComputePlan
 
 PLAN = "plan"
 """``plan:FILE`` stands for a saved plan."""
+
+SAVED = "saved"
+"""``saved:FILE`` stands for a method saved as JSON, which may find what it needs beside the file."""
 
 _FIELD = re.compile(r'\s*(?P<name>[A-Za-z][\w-]*)\s*=\s*(?P<value>"(?:[^"\\]|\\.)*"|\[[^\]]*\]|[^,]*?)\s*(?:,|$)')
 _BARE_TEXT = re.compile(r"[\w./:+@~-]+")
@@ -94,11 +99,31 @@ def parse_method(spec: str) -> Method:
     name = kebab(name.strip())
     if name == PLAN:
         return SavedPlan(ComputePlan.load(rest))
+    if name == SAVED:
+        return load_method(rest)
     classes = method_classes()
     if name not in classes:
-        raise ConfigError(f"There is no method {name!r}; the methods are {', '.join(classes)} and {PLAN}:FILE.")
+        raise ConfigError(
+            f"There is no method {name!r}; the methods are {', '.join(classes)}, {PLAN}:FILE, {SAVED}:FILE."
+        )
     cls = classes[name]
     return Method.from_dict({"type": cls.__name__, **parse_fields(cls, name, rest)})
+
+
+def load_method(path: str | os.PathLike[str]) -> Method:
+    """Read a method from a file with its `Method.to_dict` form, as `fastdiff calibrate` writes it.
+
+    Raises:
+        ConfigError: if the file cannot be read or holds no method.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as a saved method, such as `fastdiff calibrate` writes: {error}"
+        ) from error
+    return Method.from_dict(data).located(path.parent)
 
 
 def format_method(method: Method) -> str:

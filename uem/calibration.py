@@ -91,6 +91,7 @@ class Calibration:
         method: calibrated, with the modules in memory.
         budget: the share of the full multiply-accumulates that was asked for.
         tolerance: by which the calibration samples may miss it.
+        bins: of timesteps, at most.
         rule: that made thresholds of the level.
         level: 0 for no exits; 1 for the first exit always.
         tried: share that each level cost, in order.
@@ -106,6 +107,7 @@ class Calibration:
     method: UncertaintyExit
     budget: float
     tolerance: float
+    bins: int
     rule: str
     level: float
     tried: tuple[tuple[float, float], ...]
@@ -187,6 +189,7 @@ def calibrate(
         found,
         budget,
         tolerance,
+        bins,
         rule,
         level,
         tuple(search.tried),

@@ -70,7 +70,7 @@ def describe_package() -> Iterator[str]:
     """Shipped models, methods with their fields, presets."""
     from fastdiff import zoo
     from fastdiff.pipelines.acceleration import PRESETS
-    from fastdiff.spec import PLAN, field_defaults, format_method, kebab, method_classes
+    from fastdiff.spec import PLAN, SAVED, field_defaults, format_method, kebab, method_classes
 
     yield "Models that ship with fastdiff"
     yield from (f"  zoo:{name}" for name in zoo.names())
@@ -80,6 +80,7 @@ def describe_package() -> Iterator[str]:
         yield f"  {name}: {first_sentence(cls)}"
         yield from (f"      {kebab(field)}={_show(default)}" for field, default in field_defaults(cls).items())
     yield f"  {PLAN}:FILE: A plan saved by `fastdiff plan save`, `generate` or `demo`."
+    yield f"  {SAVED}:FILE: A method saved by `fastdiff calibrate`."
     yield ""
     yield "Presets (--preset NAME)"
     for name, methods in PRESETS.items():

@@ -21,7 +21,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 METHOD_HELP = (
     "NAME or NAME:field=value,field=value; give it several times to combine methods. "
-    "`fastdiff info` lists methods and fields; plan:FILE uses a saved plan"
+    "`fastdiff info` lists methods and fields; plan:FILE uses a saved plan, saved:FILE a method saved by "
+    "`fastdiff calibrate`"
 )
 
 

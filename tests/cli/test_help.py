@@ -61,7 +61,7 @@ def test_examples_parse(name: str) -> None:
         options = build_parser().parse_args(arguments)
         assert callable(options.run)
         for spec in getattr(options, "method", []):
-            if not spec.startswith("plan:"):
+            if not spec.startswith(("plan:", "saved:")):
                 parse_method(spec)
 
 
