@@ -16,6 +16,7 @@ import numpy as np
 
 from fastdiff.errors import ConfigError, FastDiffError
 from fastdiff.eval.tasks import Task, make_task
+from fastdiff.methods import Method
 from fastdiff.methods.uncertainty_exit import UncertaintyExit
 from fastdiff.plan import ComputePlan
 from fastdiff.uem.freezing import freeze, frozen_methods
@@ -177,7 +178,7 @@ def calibrate(
         found = search.method_at(level)
         held = range(num_samples, 2 * num_samples)
         plan = None
-        ways = {"full": search.method_at(0), "dynamic": found}
+        ways: dict[str, Method | Sequence[Method]] = {"full": search.method_at(0), "dynamic": found}
         if frozen:
             plan = freeze(dynamic.depths, dynamic.price, watched.columns, watched.units, watched.meta)
             ways["frozen"] = frozen_methods(plan, found)

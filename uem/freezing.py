@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from fastdiff.plan import Action, ComputePlan
 
 
 def freeze(
-    depths: np.ndarray, price: np.ndarray, exits: Sequence[int], units: Sequence[str], meta: Mapping[str, Any]
+    depths: np.ndarray, price: np.ndarray, exits: Iterable[int], units: Sequence[str], meta: Mapping[str, Any]
 ) -> ComputePlan:
     """A static plan that costs what samples cost on average.
 
