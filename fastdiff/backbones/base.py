@@ -141,6 +141,33 @@ class SkipSite:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A module that calls a run of units one after the other and returns nothing but what they returned.
+
+    Args:
+        module: the down stage, bottleneck or up stage.
+        columns: the units that it calls; their last one's output is the stage's hidden state.
+        skips: the units whose outputs it returns beside that, as long skips; None if it returns the hidden state alone.
+    """
+
+    module: nn.Module
+    columns: range
+    skips: tuple[int, ...] | None = None
+
+    def build(self, outputs: Mapping[int, Any]) -> Any:
+        """The stage's output, made of its units' outputs by column."""
+        # Attention comes wrapped in a tuple.
+        found = {column: out if isinstance(out, torch.Tensor) else out[0] for column, out in outputs.items()}
+        hidden = found[self.columns[-1]]
+        return hidden if self.skips is None else (hidden, tuple(found[column] for column in self.skips))
+
+    @property
+    def returned(self) -> frozenset[int]:
+        """The units whose outputs are part of the stage's."""
+        return frozenset((self.columns[-1], *(self.skips or ())))
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A denoiser as a sequence of units in execution order.
 
@@ -151,6 +178,7 @@ class Backbone:
         encoded: names of the units whose outputs are all that a decoder reads of the sample: the long skips in the
             order in which they are made, then the bottleneck. Empty where there is no encoder and decoder.
         skip_sites: where the long skips are read, in execution order.
+        stages: the modules between the denoiser and its units, as far as their outputs are known.
         is_control: whether it only prepares what another denoiser's encoder adds, as ControlNets do.
     """
 
@@ -159,6 +187,7 @@ class Backbone:
     level: str = "layer"
     encoded: tuple[str, ...] = ()
     skip_sites: tuple[SkipSite, ...] = ()
+    stages: tuple[Stage, ...] = ()
     is_control: bool = False
     names: tuple[str, ...] = field(init=False)
 

@@ -16,7 +16,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from fastdiff.backbones.base import Backbone, BlockIO, SkipSite, Unit
+from fastdiff.backbones.base import Backbone, BlockIO, SkipSite, Stage, Unit
 from fastdiff.errors import UnsupportedBackboneError
 from fastdiff.plan import UnitTraits
 
@@ -78,6 +78,7 @@ class _Columns:
     open_skips: list[int] = field(default_factory=list)  # numbers of those that no stage has read yet
     beside: list[str] = field(default_factory=list)  # further columns of the encoder that the decoder reads
     sites: list[SkipSite] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
 
     def add(self, name: str, module: nn.Module, reads: tuple[str, ...] = (), fragile: bool = False) -> None:
         """One more column for a module, or several for its branches."""
@@ -95,6 +96,11 @@ class _Columns:
         """The column before hands its output to the decoder."""
         self.open_skips.append(len(self.skips))
         self.skips.append(self.last)
+
+    def close_stage(self, module: nn.Module, first: int, skips: tuple[int, ...] | None = None) -> None:
+        """The columns from ``first`` on were those of one stage."""
+        if self.level == "layer":  # a branch's output is not what its stage hands on
+            self.stages.append(Stage(module, range(first, len(self.units)), skips))
 
     def take_skips(self, number: int) -> tuple[int, ...]:
         """The numbers of the latest skips that nobody has read, oldest first."""
@@ -123,7 +129,7 @@ def unet_backbone(denoiser: nn.Module, level: str = "layer") -> Backbone:
             f"{type(denoiser).__name__} has stages, but not in a layout that fastdiff knows: {error}."
         ) from error
     encoded = () if level == "branch" else tuple(dict.fromkeys([*columns.skips, *columns.beside, _bottleneck(columns)]))
-    return Backbone(denoiser, tuple(columns.units), level, encoded, tuple(columns.sites))
+    return Backbone(denoiser, tuple(columns.units), level, encoded, tuple(columns.sites), tuple(columns.stages))
 
 
 def control_backbone(module: nn.Module) -> Backbone:
@@ -179,8 +185,11 @@ def _encoder(unet: Any, columns: _Columns) -> None:
         fragile = not getattr(stage, "has_cross_attention", False)
         _down_stage(f"down_blocks.{index}", stage, columns, fragile)
     if getattr(unet, "mid_block", None) is not None:
+        first = len(columns.units)
         for name, module in _middle(unet.mid_block):
             columns.add(name, module, fragile=True)
+        if len(columns.units) > first + 1:
+            columns.close_stage(unet.mid_block, first)
 
 
 def _kandinsky3_layout(unet: Any, columns: _Columns) -> None:
@@ -300,10 +309,13 @@ def _down_stage(name: str, stage: Any, columns: _Columns, fragile: bool) -> None
         for _ in range(len(stage.resnets) + bool(samplers and not _is_karras(stage))):
             columns.make_skip()
         return
+    first, skips = len(columns.units), []
     for layer in [*_layers(stage), *([samplers] if samplers else [])]:
         for part, module in layer:
             columns.add(f"{name}.{part}", module, fragile=fragile)
         columns.make_skip()
+        skips.append(len(columns.units) - 1)
+    columns.close_stage(stage, first, tuple(skips))
 
 
 def _up_stage(name: str, stage: Any, columns: _Columns, fragile: bool) -> None:
@@ -313,6 +325,7 @@ def _up_stage(name: str, stage: Any, columns: _Columns, fragile: bool) -> None:
     if type(stage).__name__ not in LAYERED_STAGES:
         columns.add(name, stage, reads=tuple(dict.fromkeys(makers)))
         return
+    first = len(columns.units)
     for layer in _layers(stage):
         reads: tuple[str, ...] = (makers.pop(),)
         for part, module in layer:
@@ -320,6 +333,7 @@ def _up_stage(name: str, stage: Any, columns: _Columns, fragile: bool) -> None:
             reads = ()
     for part, module in _samplers(stage):
         columns.add(f"{name}.{part}", module, fragile=fragile)
+    columns.close_stage(stage, first)
 
 
 def _middle(stage: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -33,10 +33,14 @@ class RowCells:
 
     def can_idle(self, state: BranchState) -> bool:
         """Whether the shapes of all outputs are known that a call without work has to stand in for."""
-        return all(self._is_known(state, column) for column in range(len(self._names)))
+        if not state.knows_shapes:
+            state.knows_shapes = all(self._is_known(state, column) for column in range(len(self._names)))
+        return state.knows_shapes
 
     def are_possible(self, row: int, state: BranchState) -> bool:
         """Whether the shapes of all outputs are known that this row leaves out."""
+        if self.can_idle(state):
+            return True
         actions = enumerate(self._program.plan.rows[row])
         return all(self._is_known(state, column) for column, action in actions if action == Action.DROP)
 

@@ -82,7 +82,7 @@ class Executor:
         self._scaler = scaler
         self._ruler = ruler
         self._heads = dict(exit_heads or {})
-        self._signature = inspect.signature(type(self.backbone.denoiser).forward)
+        self._parameters = list(inspect.signature(type(self.backbone.denoiser).forward).parameters)[1:]
         self._attached: list[Callable[[], None]] = []
         self._own_call = False
         self.restart()
@@ -170,7 +170,7 @@ class Executor:
         """
         if self._own_call:
             return None
-        arguments = self._arguments(args, kwargs)
+        arguments = dict(zip(self._parameters, args, strict=False)) | kwargs  # a wrong call fails by itself
         if self._program is None and self._clock.grid is not None:
             self._start(self._clock.grid, arguments)
         self._clock.in_evaluation = True
@@ -241,15 +241,6 @@ class Executor:
                 (self._first_evaluation + row, table[row]) for row in rows if (table[row] != 1).any()
             )
 
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A call's arguments by the names in the denoiser's forward."""
-        arguments = dict(self._signature.bind(None, *args, **kwargs).arguments)
-        arguments.pop(next(iter(self._signature.parameters)))  # self
-        for name, parameter in self._signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                arguments.update(arguments.pop(name, {}))
-        return arguments
-
     def _reason_to_compute(self, row: int, state: BranchState, arguments: Mapping[str, Any]) -> str:
         """Why this call cannot follow the plan and is computed in full; empty if it can."""
         if self._program is None:
@@ -282,7 +273,7 @@ class Executor:
         self.hooks.compute_all()
         self.record.measure = functools.partial(measure, self.backbone, dict(arguments))
         request = PlanRequest(self.backbone, grid.since(self._first_evaluation), self.record.measure)
-        self._program = program = lower(self._planner(request), self.backbone)
+        self._program = program = self._lowered(self._planner(request))
         self._skip_scales = self._scaler(request)
         self._rule = self._ruler(request)
         self._grid = request.grid
@@ -290,6 +281,12 @@ class Executor:
         kinds = set(processors(self.backbone.denoiser))
         self._mixing, self._observed = mixing_processor(kinds), observed_processor(kinds)
         self.record.plans.append(program.plan)
+
+    def _lowered(self, plan: ComputePlan) -> Program:
+        """The plan's program, which mostly is that of the sampling call before."""
+        if self.hooks.lowered is None or self.hooks.lowered[0] != plan:
+            self.hooks.lowered = plan, lower(plan, self.backbone)
+        return self.hooks.lowered[1]
 
     def _state(self, branch: Branch, arguments: Mapping[str, Any]) -> BranchState:
         sample = _sample(arguments)
@@ -392,8 +389,9 @@ class Executor:
         self._depths = None
         if self._program is None:
             return
-        self._note_bytes()
         row = self._clock.evaluation - self._first_evaluation
+        if any(self._program.captures[row - 1 : row]):
+            self._note_bytes()
         for state in self._branches.values():
             for key in [key for key in state.kept if self._program.last_reader[key] < row]:
                 del state.kept[key]

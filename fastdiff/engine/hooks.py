@@ -1,4 +1,4 @@
-"""The acting hooks on units and on what reads long skips.
+"""The acting hooks on units, on the stages that call them, and on what reads long skips.
 
 diffusers' hook registry is private API: this module alone registers hooks, and `fastdiff.kernels.patching` looks up the
 forwards behind them.
@@ -14,14 +14,20 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from fastdiff.backbones import Backbone, BlockIO, SkipSite, Unit
-from fastdiff.backbones.base import Streams
+from fastdiff.backbones.base import Stage, Streams
 from fastdiff.engine.exits import Exits
 from fastdiff.engine.kept import Kept, Reuse, Shape, transformed
+from fastdiff.engine.program import Program
 from fastdiff.engine.skips import Scale, scaled
 from fastdiff.errors import StateError
+from fastdiff.plan import ComputePlan
+
+ADDED_IN_STAGE = "additional_residuals"
+"""Argument with which T2I-Adapters change what a stage returns."""
 
 HOOK_NAME = "fastdiff"
 SKIP_HOOK_NAME = "fastdiff_skips"
+STAGE_HOOK_NAME = "fastdiff_stage"
 
 
 class Cell:
@@ -112,15 +118,29 @@ class UnitHook(ModelHook):
             output = forward(*args, **kwargs)
             self._keep(cell, output)
             return output
-        if cell.reuse is not None and not cell.reuse.residual:
-            return cell.reuse.output(copy=self.fragile)
-        if cell.shape is not None:
-            return cell.shape.placeholder(writable=self.fragile, evaluations=cell.evaluations)
+        if self.has_output:
+            return self.output()
         assert self.io is not None
         streams = self.io.read(args, kwargs) if cell.reuse is None else cell.reuse.finish()
         if cell.head is not None:
             streams = (cell.head(streams[0]), *streams[1:])
         return self.io.build(streams)
+
+    @property
+    def has_output(self) -> bool:
+        """Whether the unit's answer is there without its input: reused as a whole, or read by nobody."""
+        cell = self.cell
+        if cell.compute or cell.opens:
+            return False
+        return cell.shape is not None if cell.reuse is None else not cell.reuse.residual
+
+    def output(self) -> Any:
+        """That answer."""
+        cell = self.cell
+        if cell.reuse is not None:
+            return cell.reuse.output(copy=self.fragile)
+        assert cell.shape is not None
+        return cell.shape.placeholder(writable=self.fragile, evaluations=cell.evaluations)
 
     def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
         """What a residual that starts here is added to."""
@@ -179,7 +199,27 @@ class SkipHook(ModelHook):
         return tuple(scaled(*parts) for parts in zip(skips, self.scales, self.control, strict=True))
 
 
-Hook = UnitHook | SkipHook
+class StageHook(ModelHook):
+    """Answers for a stage of which no unit runs, so that nothing is put together that nobody reads."""
+
+    name = STAGE_HOOK_NAME
+
+    def __init__(self, stage: Stage, units: Sequence[UnitHook]) -> None:
+        super().__init__()
+        self.stage = stage
+        self.returned = {column: units[column] for column in sorted(stage.returned)}
+        self.units = [units[column] for column in stage.columns]
+        self.is_idle = False
+        self.wrapped: Callable[..., Any] | None = None
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the stage's forward."""
+        if not self.is_idle or kwargs.get(ADDED_IN_STAGE) is not None:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        return self.stage.build({column: hook.output() for column, hook in self.returned.items()})
+
+
+Hook = UnitHook | SkipHook | StageHook
 
 
 def compute_rows(
@@ -228,11 +268,14 @@ class InstalledHooks:
                 "Call its disable_cache() first."
             )
         self.backbone = backbone
+        self.lowered: tuple[ComputePlan, Program] | None = None  # of the last sampling call
         self.hooks = [UnitHook(unit) for unit in backbone.units]
         self.skip_hooks = [SkipHook(site) for site in backbone.skip_sites]
         # A module that has both scales inside of its unit's hook: only where it runs.
         self._placed: list[tuple[nn.Module, Hook]] = [(hook.site.module, hook) for hook in self.skip_hooks]
         self._placed += [(unit.module, hook) for unit, hook in zip(backbone.units, self.hooks, strict=True)]
+        self.stage_hooks = [StageHook(stage, self.hooks) for stage in backbone.stages]
+        self._placed += [(hook.stage.module, hook) for hook in self.stage_hooks]
         for module, hook in self._placed:
             HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, hook.name)
             hook.wrapped = module.forward
@@ -242,6 +285,8 @@ class InstalledHooks:
         """Tell every unit what to do in the coming evaluation."""
         for hook, cell in zip(self.hooks, cells, strict=True):
             hook.cell = cell
+        for stage in self.stage_hooks:
+            stage.is_idle = all(hook.has_output for hook in stage.units)
 
     def scale_skips(self, scales: Sequence[Scale] | None, control: Sequence[torch.Tensor] | None = None) -> None:
         """Tell by how much the long skips are scaled in the coming call.
@@ -257,6 +302,8 @@ class InstalledHooks:
         """Make every unit run as if there were no hook."""
         for hook in self.hooks:
             hook.cell = COMPUTE
+        for stage in self.stage_hooks:
+            stage.is_idle = False
         self.scale_skips(None)
 
     @property

@@ -116,6 +116,7 @@ class BranchState:
         self.layout = layout
         self.kept: dict[Key, Kept] = {}
         self.shapes = [Shape() for _ in range(units)]
+        self.knows_shapes = False  # whether all are noted that the program needs
         self.answers: dict[int, Any] = {}  # predictions made ahead of their rows
         self.copies: int | None = None  # guidance branches in one batch, where that was asked for
         self.control: dict[str, Any] = {}  # what was added to the features that are kept
