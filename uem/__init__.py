@@ -11,6 +11,7 @@ from fastdiff.uem.readout import ExitOutputs, ExitReadout, make_modules
 _LAZY = {
     "BudgetError": "fastdiff.uem.calibration",
     "Calibration": "fastdiff.uem.calibration",
+    "TrainConfig": "fastdiff.uem.config",
     "calibrate": "fastdiff.uem.calibration",
 }
 """Names whose modules take long to import, and where they live."""
@@ -21,6 +22,7 @@ __all__ = [
     "ExitNorm",
     "ExitOutputs",
     "ExitReadout",
+    "TrainConfig",
     "UncertaintyModule",
     "UncertaintyModules",
     "calibrate",

@@ -30,7 +30,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     Raises:
         OutputError: if it cannot be written, such as on a full disk; an older file stays as it was.
     """
-    content = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # Copies, because two names for one tensor have no place in the format.
+    content = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     _replace(path, save(content, {name: json.dumps(value) for name, value in metadata.items()}))
 
 
@@ -40,7 +41,16 @@ def write_json(path: Path, data: Any) -> None:
     Raises:
         OutputError: if it cannot be written; an older file stays as it was.
     """
-    _replace(path, (json.dumps(data, indent=2) + "\n").encode())
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text to a file, which replaces an older one at once.
+
+    Raises:
+        OutputError: if it cannot be written; an older file stays as it was.
+    """
+    _replace(path, text.encode())
 
 
 def _replace(path: Path, content: bytes) -> None:

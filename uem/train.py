@@ -109,18 +109,24 @@ def train(
 def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
     """What runs the training, with TensorBoard where that is installed."""
     has_tensorboard = is_tensorboard_available()
-    accelerator = Accelerator(
-        cpu=config.device == "cpu" or not torch.cuda.is_available(),
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        log_with="tensorboard" if has_tensorboard else None,
-        project_dir=out,
-        kwargs_handlers=[
-            # Blocks that no row of a batch reaches get no gradient.
-            DistributedDataParallelKwargs(find_unused_parameters=config.objective == "ase"),
-            InitProcessGroupKwargs(timeout=PATIENCE),
-        ],
-    )
+    handlers = [
+        # Blocks that no row of a batch reaches get no gradient.
+        DistributedDataParallelKwargs(find_unused_parameters=config.objective == "ase"),
+        InitProcessGroupKwargs(timeout=PATIENCE),
+    ]
+    try:
+        accelerator = Accelerator(
+            cpu=config.device == "cpu" or not torch.cuda.is_available(),
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            log_with="tensorboard" if has_tensorboard else None,
+            project_dir=out,
+            kwargs_handlers=handlers,
+        )
+    except ValueError as error:  # half precision where there is none, or another one in this process before
+        raise ConfigError(
+            f"accelerate cannot compute with mixed_precision={config.mixed_precision!r} on this device: {error}"
+        ) from error
     if config.device is not None and torch.device(config.device).type != accelerator.device.type:
         raise ConfigError(
             f"accelerate computes on {accelerator.device}; device is 'cpu' or None, got {config.device!r}."

@@ -26,6 +26,7 @@ from fastdiff.output import OutputError
 from fastdiff.uem.checkpoint import Checkpoint
 from fastdiff.uem.config import TrainConfig
 from fastdiff.uem.data import Drawn, TrainingData
+from fastdiff.uem.files import write_text
 from fastdiff.uem.objectives import ExitObjective, Objective
 from fastdiff.uem.validation import measure, summary
 
@@ -242,7 +243,7 @@ class Trainer:
         path = self.folder / LOG
         if self.is_main and path.exists():
             kept = [entry for entry in read_log(path) if entry["step"] <= step]
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

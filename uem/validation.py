@@ -123,7 +123,7 @@ def summary(rows: Rows, exits: Sequence[str], training_steps: int) -> dict[str, 
         everywhere = np.ones(len(rows.timesteps), dtype=bool)
         result["rank_correlation"] = {
             "layers": _number(np.mean([spearman(*pair) for pair in pairs])),
-            "samples": _number(np.nanmean(_across_samples(rows, everywhere))),
+            "samples": _number(_across_samples(rows, everywhere).mean()),
         }
     return result
 
