@@ -104,7 +104,7 @@ def parse_method(spec: str) -> Method:
     classes = method_classes()
     if name not in classes:
         raise ConfigError(
-            f"There is no method {name!r}; the methods are {', '.join(classes)}, {PLAN}:FILE, {SAVED}:FILE."
+            f"There is no method {name!r}; the methods are {', '.join(classes)}, {PLAN}:FILE and {SAVED}:FILE."
         )
     cls = classes[name]
     return Method.from_dict({"type": cls.__name__, **parse_fields(cls, name, rest)})

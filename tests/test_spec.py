@@ -126,7 +126,7 @@ def test_the_written_specification_is_short() -> None:
 @pytest.mark.parametrize(
     ("spec", "listed"),
     [
-        ("early-exit", "feature-inheritance, layer-skipping, skip-tuning, uncertainty-exit and plan:FILE"),
+        ("early-exit", "feature-inheritance, layer-skipping, skip-tuning, uncertainty-exit, plan:FILE and saved:FILE"),
         ("layer-skipping:speed=2", "speedup, target-speedup, outside-share"),
         ("layer-skipping:speedup", "cannot be read from 'speedup' on"),
         ("layer-skipping:speedup=2,speedup=3", "given twice"),

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastdiff.errors import ConfigError, FastDiffError
-from fastdiff.eval.tasks import Task, make_task
 from fastdiff.methods import Method
 from fastdiff.methods.uncertainty_exit import UncertaintyExit
 from fastdiff.plan import ComputePlan
 from fastdiff.uem.freezing import freeze, frozen_methods
-from fastdiff.uem.observation import Observed, Observer, Watched, restoring
+from fastdiff.uem.observation import Observed, Observer, Task, Watched, restoring
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -131,7 +130,7 @@ def calibrate(
     method: UncertaintyExit,
     budget: float,
     *,
-    task: Task | None = None,
+    task: Task,
     num_samples: int = 48,
     batch_size: int = 16,
     num_inference_steps: int = 50,
@@ -150,8 +149,8 @@ def calibrate(
         pipe: a pipeline; it is left as it was.
         method: brings the modules, exits, scope and patience; its thresholds count for nothing.
         budget: share of the full multiply-accumulates of the denoiser, in (0, 1]; 1 gives no exits.
-        task: what to ask for (`fastdiff.eval.tasks.make_task`); by default a pipeline that takes no requests is asked
-            for none. Images ``0 .. num_samples - 1`` calibrate, the next ``num_samples`` are held out.
+        task: what to ask for, see `fastdiff.eval.tasks.make_task`. Images ``0 .. num_samples - 1`` calibrate, the next
+            ``num_samples`` are held out.
         num_samples: in each of the two sets.
         batch_size: images in one call.
         num_inference_steps: of the pipeline's calls.
@@ -169,8 +168,7 @@ def calibrate(
     _check(budget, num_samples, batch_size, num_inference_steps, bins, rule, tolerance)
     with _bar(progress) as bar, restoring(pipe):
         method = _located(pipe, method)
-        asked = task or make_task(pipe)
-        observer = Observer(pipe, asked, num_inference_steps, batch_size, bar.tell)
+        observer = Observer(pipe, task, num_inference_steps, batch_size, bar.tell)
         search = _Search(observer, method, range(num_samples), budget, tolerance, bar)
         search.check_reachable()
         watched = search.watch(bins, RULES[rule])
@@ -199,7 +197,7 @@ def calibrate(
         dynamic,
         plan,
         held_out,
-        asked,
+        task,
         num_inference_steps,
     )
 
@@ -251,6 +249,7 @@ class _Search:
         self._budget = budget
         self._tolerance = tolerance
         self._bar = bar
+        self._shares: dict[UncertaintyExit, float] = {}
         self.tried: list[tuple[float, float]] = []
 
     def check_reachable(self) -> None:
@@ -261,7 +260,7 @@ class _Search:
         """
         first, *_ = batches = self._observer.calls(self._indices)[:1]
         self._bar.begin("the smallest share", batches)
-        self.least = self._observer.sample(self._at_once(), first).share
+        self.least = self._observer.sample(self.method_at(1), first).share
         if self._budget < self.least - self._tolerance:
             raise BudgetError(
                 f"The budget {self._budget:g} is below what stopping at the first exit costs, {self.least:.3f}; it can "
@@ -289,25 +288,25 @@ class _Search:
         """
         if self._budget == 1:
             return 0.0, self._watched.run
+        if abs(self.least - self._budget) <= self._tolerance and (run := self._try(1.0)) is not None:
+            return 1.0, run
         low, high = 0.0, 1.0  # levels that cost more than the budget, and less
         aim = self._budget
-        for number in range(RUNS):
+        for _ in range(RUNS):
             level = self._level_of(aim)
             if not low < level < high:
                 level = (low + high) / 2
-            self._bar.begin(f"attempt {number + 1}", self._observer.calls(self._indices))
-            run = self._observer.sample(self.method_at(level), self._indices)
-            self.tried.append((level, run.share))
-            if abs(run.share - self._budget) <= self._tolerance:
+            if (run := self._try(level)) is not None:
                 return level, run
-            low, high = (level, high) if run.share > self._budget else (low, level)
-            aim -= run.share - self._budget
+            _, share = self.tried[-1]
+            low, high = (level, high) if share > self._budget else (low, level)
+            aim -= share - self._budget
         raise self._out_of_reach()
 
     def method_at(self, level: float) -> UncertaintyExit:
         """The method with the thresholds of a level."""
-        if level == 0:
-            return self._method.changed(threshold=0, bin_edges=(), thresholds=())
+        if level in (0, 1):
+            return self._method.changed(threshold=level, bin_edges=(), thresholds=())
         table = np.clip(self._rule(level), 0, 1)
         modules = self._method.modules()
         full = np.zeros((len(self._edges), len(modules.exits)))  # exits that the method does not ask keep 0
@@ -315,8 +314,17 @@ class _Search:
         full[:, asked] = table
         return self._method.changed(threshold=0, bin_edges=self._edges, thresholds=tuple(full.ravel().tolist()))
 
-    def _at_once(self) -> UncertaintyExit:
-        return self._method.changed(threshold=1, bin_edges=(), thresholds=())
+    def _try(self, level: float) -> Observed | None:
+        """Sample with real exits; None if thresholds that were tried before, under another level, missed the budget."""
+        method = self.method_at(level)
+        if method in self._shares:
+            self.tried.append((level, self._shares[method]))
+            return None
+        self._bar.begin(f"attempt {len(self._shares) + 1}", self._observer.calls(self._indices))
+        run = self._observer.sample(method, self._indices)
+        self._shares[method] = run.share
+        self.tried.append((level, run.share))
+        return run if abs(run.share - self._budget) <= self._tolerance else None
 
     def _level_of(self, share: float) -> float:
         """The level at which the samples would cost a share if exits changed nothing that comes after."""

@@ -196,11 +196,7 @@ def as_markdown(numbers: dict[str, Any], command: str) -> str:
 
 def _cost_line(name: str, cost: dict[str, Any]) -> str:
     psnr = cost["psnr"]
-    near = (
-        "equal"
-        if psnr["value"] is None
-        else f"{psnr['value']:.2f} ({_or_dash(psnr['low'])} to {_or_dash(psnr['high'])})"
-    )
+    near = "equal" if psnr["value"] is None else f"{psnr['value']:.2f} ± {psnr['margin']:.2f}"
     return (
         f"| {name} | {cost['share']:.2%} | ± {cost['share_std']:.2%} | {cost['share_standard_error']:.2%} | {near} | "
         f"{cost['seconds']:.1f} |"

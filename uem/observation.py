@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,11 +16,7 @@ from torch import nn
 import fastdiff
 from fastdiff.backbones import unwrap
 from fastdiff.engine.record import DenoiserRecord
-from fastdiff.errors import FastDiffNoEffectWarning
-from fastdiff.eval.quality import mean_interval
-from fastdiff.eval.sampling import call
-from fastdiff.eval.tasks import Task
-from fastdiff.eval.ways import Way
+from fastdiff.errors import ConfigError, FastDiffError, FastDiffNoEffectWarning
 from fastdiff.methods import Method
 from fastdiff.methods.uncertainty_exit import UncertaintyExit
 from fastdiff.uem.readout import ExitReadout
@@ -30,6 +26,19 @@ if TYPE_CHECKING:
 
 Tell = Callable[[int], None]
 """Told how many calls of the pipeline were made."""
+
+Z = 1.96
+"""Normal quantile of a 95 % interval."""
+
+
+class Task(Protocol):
+    """What is asked of the images, such as `fastdiff.eval.tasks.make_task` returns."""
+
+    def arguments(self, indices: Sequence[int]) -> dict[str, Any]:
+        """The arguments of a pipeline's call that makes these images, each from a seed of its own."""
+
+    def describe(self) -> dict[str, Any]:
+        """What tells it from others, JSON-compatible."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +70,11 @@ class Observed:
     def psnr(self, full: Observed) -> Psnr:
         """How near the images are to those of full sampling."""
         squares = np.square(np.asarray(self.images, np.float64) - full.images).reshape(len(full.images), -1).mean(1)
-        low, high = mean_interval(squares)
-        return Psnr(_decibels(float(squares.mean())), _decibels(high), _decibels(low))
+        error = float(squares.mean())
+        if error == 0:
+            return Psnr(None, None)
+        relative = float(squares.std(ddof=1)) / error / np.sqrt(len(squares))
+        return Psnr(float(-10 * np.log10(error)), float(Z * relative * 10 / np.log(10)))
 
 
 @dataclass(frozen=True)
@@ -71,24 +83,14 @@ class Psnr:
 
     Args:
         value: of all images.
-        low: lower end of the 95 % interval, by resampling images.
-        high: its upper end.
+        margin: half the 95 % interval, from how the images' squared errors differ.
     """
 
     value: float | None
-    low: float | None
-    high: float | None
+    margin: float | None
 
     def __str__(self) -> str:
-        return "equal" if self.value is None else f"{self.value:.2f} ({self.low:.2f} to {_or_equal(self.high)})"
-
-
-def _or_equal(value: float | None) -> str:
-    return "equal" if value is None else f"{value:.2f}"
-
-
-def _decibels(error: float) -> float | None:
-    return float(-10 * np.log10(error)) if error > 0 else None
+        return "equal" if self.value is None else f"{self.value:.2f} ± {self.margin:.2f}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +133,7 @@ class Observer:
     ) -> None:
         self._pipe = pipe
         self._task = task
-        self._way = Way(num_inference_steps)
+        self._steps = num_inference_steps
         self._batch_size = batch_size
         self._tell = tell
         self._price: np.ndarray | None = None
@@ -149,7 +151,7 @@ class Observer:
     def _sample(self, indices: range) -> Observed:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FastDiffNoEffectWarning)  # of a threshold that is being tried
-            images = call(self._pipe, self._way, self._task, indices)
+            images = self._call(indices)
         self._tell(1)
         run = self._pipe.fastdiff.last_run
         record = next(record for record in run.denoisers.values() if record.calls)
@@ -158,6 +160,31 @@ class Observer:
             costs = record.measure()
             self._price = (np.append(0, np.cumsum(costs.macs)) + costs.fixed_macs) / costs.total_macs
         return Observed(images, _depths(record, len(indices)), self._price, run.seconds)
+
+    def _call(self, indices: range) -> np.ndarray:
+        """Call the pipeline.
+
+        Raises:
+            ConfigError: if it refuses the arguments, or makes no images.
+        """
+        arguments = {**self._task.arguments(indices), "num_inference_steps": self._steps, "output_type": "np"}
+        device = getattr(self._pipe, "device", torch.device("cpu"))
+        # Some pipelines do not hand their generators on to the scheduler, which then draws from the global one.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(indices[0])
+            try:
+                images = getattr(self._pipe(**arguments), "images", None)
+            except FastDiffError:
+                raise
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{type(self._pipe).__name__} does not sample this task: {error}") from error
+        made = len(images) if isinstance(images, np.ndarray) else 0
+        if made != len(indices):
+            raise ConfigError(
+                f"Calibration compares images, one for each seed: {type(self._pipe).__name__} made {made} as arrays "
+                f"where it was asked for {len(indices)}."
+            )
+        return images
 
     def watch(self, method: UncertaintyExit, indices: range) -> Watched:
         """Sample images in full, and see what every exit finds.
