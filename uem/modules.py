@@ -191,12 +191,21 @@ def load_modules(folder: str | os.PathLike[str]) -> UncertaintyModules:
     """Read what ``UncertaintyModules.save_pretrained`` wrote.
 
     Raises:
-        ConfigError: if the folder holds none, or they are damaged.
+        ConfigError: if the folder holds none, or they are damaged or incomplete.
     """
     try:
         # A damaged file is whatever safetensors and diffusers say about it.
-        return UncertaintyModules.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
+        loaded, report = UncertaintyModules.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except Exception as error:
         raise ConfigError(
             f"{os.fspath(folder)!r} holds no uncertainty modules (UncertaintyModules.save_pretrained): {error}"
         ) from error
+    if missing := report["missing_keys"]:
+        raise ConfigError(
+            f"The uncertainty modules in {os.fspath(folder)!r} lack {', '.join(sorted(missing))}: an exit's module or "
+            "head is missing. Train or copy them anew."
+        )
+    modules: UncertaintyModules = loaded
+    return modules.eval()

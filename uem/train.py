@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs  # type: ignore[import-untyped]
 from accelerate.utils import is_tensorboard_available  # type: ignore[import-untyped]
 
+from fastdiff.backbones import view
 from fastdiff.engine.heads import ExitHeads
 from fastdiff.errors import ConfigError
 from fastdiff.output import OutputError
@@ -84,6 +85,7 @@ def train(
     pipe.set_progress_bar_config(disable=True)
     pipe.to(accelerator.device)
     component, denoiser = denoiser_of(pipe)
+    view(denoiser)  # refuses what has no exits before it is sampled from
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     data = prepare(pipe, config, Path(cache) if cache else out / "data", requests, arguments, share)
     objective = make_objective(denoiser, data, config)
@@ -102,7 +104,8 @@ def train(
             plot(result, read_log(out / LOG), out / "validation.png")
         except OSError as error:
             raise OutputError(f"Results cannot be written to {out}: {error}.") from error
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return result
 
 

@@ -22,7 +22,7 @@ prediction would be off there, and a small head that brings it closer. The model
 --train-backbone is given. No data set is needed: by default it learns from the calls that the pipeline makes of its
 denoiser. With the defaults, zoo:glyphs-dit takes three minutes on one CPU core. The same command goes on where an
 interrupted one stopped; `accelerate launch -m fastdiff.uem.train ...` shares the work between processes. The folder
-gets the weights, validation.json and .png, log.jsonl, TensorBoard's files where that is installed, and the checkpoint."""
+gets the weights, validation.json and .png, log.jsonl, the checkpoint, and TensorBoard's files where that is there."""
 
 EXAMPLES = (
     "fastdiff train-uem --out uem",
@@ -159,6 +159,7 @@ def run(options: argparse.Namespace) -> None:
     if PartialState().is_main_process:
         for line in report(pipe, config, options, result):
             print(line)
+    PartialState().destroy_process_group()
 
 
 def _requests(given: dict[str, Any]) -> dict[str, Any] | None:

@@ -60,6 +60,6 @@ def train_in_turns(rank: int, port: int, folder: Path, said: Any, settings: dict
     for name, given in settings.items():
         try:
             results[name] = train(tiny_dit(), small(**given), folder / name)
-        except Exception as error:
+        except Exception as error:  # noqa: PERF203 - each by itself
             results[name] = f"{type(error).__name__}: {error}"
     said.put((rank, results))
