@@ -1,7 +1,7 @@
 """Thresholds that meet a budget: quantiles of what the exits find, at a level that real runs settle.
 
-Budgeted early exit goes back to MSDNet (arXiv 1703.09844, section 4), whose thresholds let the same share of samples
-stop at every exit; here for each bin of timesteps, and settled by sampling because exits change what comes after them.
+Budgeted early exit goes back to MSDNet (arXiv 1703.09844), whose thresholds are quantiles of what each exit finds; here
+for each bin of timesteps, and settled by sampling because exits change what comes after them.
 """
 
 from __future__ import annotations

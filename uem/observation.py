@@ -173,7 +173,7 @@ class Observer:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(indices[0])
             try:
-                images = getattr(self._pipe(**arguments), "images", None)
+                images: Any = getattr(self._pipe(**arguments), "images", None)
             except FastDiffError:
                 raise
             except (TypeError, ValueError) as error:
