@@ -87,8 +87,8 @@ class Trainer:
         self._parameters = objective.trained()
         if not self._parameters:
             raise ConfigError("There is nothing to train.")
-        self._optimizer = accelerator.prepare(_optimizer(self._parameters, config))
-        self._model = accelerator.prepare(objective)
+        # Together, because sharding gives the optimiser other parameters.
+        self._model, self._optimizer = accelerator.prepare(objective, _optimizer(self._parameters, config))
         self._averages = _averages(list(self._parameters.values()), config)
         self._checkpoint = Checkpoint(
             folder / CHECKPOINT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,16 @@ def test_other_pipelines_train_without_code_of_their_own(name: str, tmp_path: Pa
     result = train(pipe, small(steps=2), tmp_path, requests=requests, arguments=arguments)
     assert math.isfinite(result["rmse"][0])
     fastdiff.enable(pipe, fastdiff.UncertaintyExit(weights=str(tmp_path)))
+
+
+def test_losses_go_to_tensorboard_where_that_is(
+    trained: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(tmp_path)
+    told = capsys.readouterr().out.count("TensorBoard is not installed")
+    assert told == (0 if find_spec("tensorboard") else 1)
+    assert bool(list(tmp_path.rglob("*tfevents*"))) == bool(find_spec("tensorboard"))
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [6]
 
 
 # -- validation --------------------------------------------------------------------------------------------------------
