@@ -44,10 +44,6 @@ def done(tiny_dit: Path, trained: Path, tmp_path: Path, command: Command) -> tup
     return out, printed
 
 
-def pictures(folder: Path) -> np.ndarray:
-    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
-
-
 def test_the_rules_are_those_of_the_calibration() -> None:
     assert set(RULES) == set(calibration.RULES)
 
@@ -80,9 +76,9 @@ def test_the_folder_tells_everything_and_works_elsewhere(
     out = out.rename(tmp_path / "elsewhere")
     assert str(tmp_path) not in (out / "uncertainty_exit.json").read_text()
     shares = []
-    for seed, start in ((6, 0), (9, 0)):
+    for seed in (6, 9):
         labels = [[3, 7, 9][(seed + place) % 3] for place in range(3)]
-        arguments = ("--class-labels", *labels, "--seed", seed + start, "--num-inference-steps", 10)
+        arguments = ("--class-labels", *labels, "--seed", seed, "--num-inference-steps", 10)
         spec = f"saved:{out / 'uncertainty_exit.json'}"
         folder = tmp_path / f"images-{seed}"
         status, _, _ = command(
