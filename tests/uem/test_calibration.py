@@ -73,7 +73,7 @@ def test_calibration_samples_cost_what_was_asked(budget: float, rule: str) -> No
 
 
 def test_a_larger_budget_means_lower_thresholds() -> None:
-    found = [at(budget) for budget in (0.5, 0.7, 0.9)]
+    found = [at(budget) for budget in (0.5, 0.7, 0.8)]
     assert sorted(one.share for one in found) == [one.share for one in found]
     tables = [np.array(one.method.thresholds) for one in found]
     assert (tables[0] >= tables[1]).all()
@@ -120,6 +120,13 @@ def test_only_the_methods_own_exits_get_thresholds() -> None:
     table = np.reshape(found.method.thresholds, (SETTINGS["bins"], 3))
     assert (table[:, [0, 2]] == 0).all()
     assert (table[:, 1] > 0).any()
+
+
+def test_the_smallest_budget_is_the_first_exit() -> None:
+    least = at(0.7).reachable[0]
+    found = calibrated(least)
+    assert found.share == pytest.approx(least)
+    assert set(np.unique(found.dynamic.depths)) == {1}
 
 
 # -- budgets that cannot be met ----------------------------------------------------------------------------------------
