@@ -144,7 +144,8 @@ class ScheduleObjective(Objective):
 
     def depths(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Blocks to run at each timestep, int64 of shape ``(batch,)``."""
-        return torch.as_tensor(self.schedule.depths_for(self._backbone, timesteps.cpu().numpy()))
+        depths = self.schedule.depths_for(self._backbone, timesteps.cpu().numpy())
+        return torch.as_tensor(depths, device=timesteps.device)
 
     @contextmanager
     def watching(self, batch: Batch) -> Iterator[None]:

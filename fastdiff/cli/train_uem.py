@@ -174,8 +174,11 @@ def report(
     pipe: DiffusionPipeline, config: TrainConfig, options: argparse.Namespace, result: dict[str, Any]
 ) -> list[str]:
     """Lines that tell what came out, and how to use it."""
+    from fastdiff.spec import parse_method
+
     rmse = result["rmse"]
-    lines = [f"RMSE of the exits on held-out rows: {rmse[0]:.4f} (first) to {rmse[-1]:.4f} (last)"]
+    exits = "as scheduled" if config.objective == "ase" else f"at the first exit to {rmse[-1]:.4f} at the last"
+    lines = [f"RMSE on held-out rows: {rmse[0]:.4f} {exits}"]
     if "rank_correlation" in result:
         found = {name: "unknown" if x is None else f"{x:.2f}" for name, x in result["rank_correlation"].items()}
         lines.append(
@@ -186,7 +189,7 @@ def report(
     methods = {
         "deediff": f"fastdiff.UncertaintyExit(weights={options.out!r})",
         "heads": f'fastdiff.ExitSchedule("ase-demo", heads={options.out!r})',
-        "ase": f"fastdiff.spec.parse_method({config.schedule!r})",
+        "ase": f"fastdiff.{parse_method(config.schedule)}",
     }
     lines.append("Use it:")
     lines.append(f"  pipe = fastdiff.FastDiffPipeline.from_pretrained({options.model!r}, preset='off')")

@@ -172,6 +172,8 @@ def test_accumulated_parts_are_the_whole_batch(name: str, trained: Callable[...,
     for key, value in whole.items():
         if key.startswith("model."):
             torch.testing.assert_close(parts_[key], value, rtol=1e-3, atol=1e-4, msg=key)
+    logged = [json.loads((tmp_path / str(parts) / "log.jsonl").read_text())["loss"] for parts in (1, 4)]
+    assert logged[1] == pytest.approx(logged[0], rel=1e-3)
 
 
 def test_bfloat16_trains_weights_in_full_precision(cache: Path, tmp_path: Path) -> None:
@@ -320,12 +322,13 @@ def test_rank_correlation() -> None:
     assert spearman(first, second) == pytest.approx(scipy.spearmanr(first, second).statistic)
 
 
-def test_modules_that_know_only_the_exit_score_nothing_across_samples(cache: Path, tmp_path: Path) -> None:
+def test_modules_that_know_only_exit_and_timestep_score_nothing_across_samples(cache: Path, tmp_path: Path) -> None:
     objective, data, config = made(cache, samples=24, record_batch=8)
     trainer = Trainer(objective, data, config, tmp_path, Accelerator(cpu=True), {})
     for number, module in enumerate(objective.exits.uncertainty):  # type: ignore[union-attr, arg-type]
         nn.init.zeros_(module.probe.weight)
         nn.init.constant_(module.probe.bias, -float(number))
+        nn.init.constant_(module.time.weight, 0.01)
     found = trainer.measured()["rank_correlation"]
     assert found["samples"] == 0
     assert found["layers"] > 0
