@@ -75,6 +75,18 @@ def use_kernel(name: str, supported: Callable[..., Verdict], *args: Any) -> bool
     return runs
 
 
+def fused(name: str, supported: Callable[..., Verdict], *args: Any) -> bool:
+    """Whether an operation, by its kernel or its reference, takes the place of torch's own operations.
+
+    These are as fast as torch has it and change no bit, so without a kernel they stay; ``FASTDIFF_KERNELS=torch`` asks
+    for the reference.
+
+    Raises:
+        KernelUnavailableError: if the mode is ``triton`` and the kernel cannot run.
+    """
+    return mode() == "torch" or use_kernel(name, supported, *args)
+
+
 @lru_cache(maxsize=1024)
 def _note(name: str, reason: str, level: int) -> None:
     """Log a decision the first time it is taken."""

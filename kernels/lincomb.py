@@ -82,7 +82,7 @@ def supported(coefficients: torch.Tensor, tensors: tuple[torch.Tensor, ...], out
     reason = obstacle(*tensors, out)
     if not reason and (coefficients.dtype != torch.float32 or coefficients.stride(-1) != 1):
         reason = "the coefficients are not float32 with the last dimension contiguous"
-    layouts = {_sample_layout(tensor) for tensor in (*tensors, *([] if out is None else [out]))}
+    layouts = {sample_layout(tensor) for tensor in (*tensors, *([] if out is None else [out]))}
     if not reason and (len(layouts) > 1 or None in layouts):
         reason = "the samples do not lie in memory alike and without gaps"
     return not reason, reason
@@ -144,7 +144,7 @@ def _promoted(tensors: tuple[torch.Tensor, ...]) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
-def _sample_layout(tensor: torch.Tensor) -> tuple[int, ...] | None:
+def sample_layout(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """The strides of one sample's dimensions; None if the sample has gaps or overlaps."""
     layout = [(stride, size) for stride, size in zip(tensor.stride()[1:], tensor.shape[1:], strict=True) if size != 1]
     expected = 1

@@ -11,6 +11,7 @@ from fastdiff.backbones import Backbone
 from fastdiff.engine.hooks import COMPUTE, Cell
 from fastdiff.engine.kept import BranchState, Kept, Reuse
 from fastdiff.engine.program import Program, Reading, extrapolation_weights
+from fastdiff.kernels.steps import Steps
 from fastdiff.plan import Action
 
 
@@ -21,12 +22,14 @@ class RowCells:
         program: the lowered plan.
         backbone: the denoiser's units.
         heads: modules that turn the hidden state at an exit into one for the output layers, by unit name.
+        steps: what is computed between the units.
     """
 
-    def __init__(self, program: Program, backbone: Backbone, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, program: Program, backbone: Backbone, heads: Mapping[str, nn.Module], steps: Steps) -> None:
         self._program = program
         self._names = backbone.names
         self._heads = heads
+        self._steps = steps
         left_out = (program.plan.table == Action.DROP).any(axis=0) | bool(program.batches)
         same_shape = [unit.traits.same_shape for unit in backbone.units]
         self._needs_shape = [bool(out) and not same for out, same in zip(left_out, same_shape, strict=True)]
@@ -83,7 +86,7 @@ class RowCells:
             exits = action == Action.EXIT
         for reading in self._program.readings[row]:
             sources = tuple(state.kept[key] for key in reading.sources)
-            reuse = Reuse(sources, _weights(reading, evaluations), len(evaluations))
+            reuse = Reuse(sources, _weights(reading, evaluations), len(evaluations), self._steps)
             if reuse.residual:
                 cells[reading.run.first].opens.append(reuse)
             cells[reading.run.last].reuse = reuse

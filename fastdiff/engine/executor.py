@@ -36,6 +36,7 @@ from fastdiff.engine.kept import BranchState
 from fastdiff.engine.program import Batch, Program, lower
 from fastdiff.engine.record import Call, DenoiserRecord
 from fastdiff.engine.skips import SkipScales, control_of
+from fastdiff.kernels.steps import steps_of
 from fastdiff.methods.base import PlanRequest
 from fastdiff.plan import Action, ComputePlan
 
@@ -82,6 +83,7 @@ class Executor:
         self._scaler = scaler
         self._ruler = ruler
         self._heads = dict(exit_heads or {})
+        self._steps = steps_of(self.backbone.denoiser)
         self._parameters = list(inspect.signature(type(self.backbone.denoiser).forward).parameters)[1:]
         self._attached: list[Callable[[], None]] = []
         self._own_call = False
@@ -277,7 +279,7 @@ class Executor:
         self._skip_scales = self._scaler(request)
         self._rule = self._ruler(request)
         self._grid = request.grid
-        self._cells = RowCells(program, self.backbone, self._heads)
+        self._cells = RowCells(program, self.backbone, self._heads, self._steps)
         kinds = set(processors(self.backbone.denoiser))
         self._mixing, self._observed = mixing_processor(kinds), observed_processor(kinds)
         self.record.plans.append(program.plan)
@@ -309,7 +311,7 @@ class Executor:
         timestep = arguments.get(timestep_name(arguments) or "", 0)
         samples = 0 if sample is None else sample.shape[0] // state.copies
         followed = self._depths if self._depths is not None and len(self._depths) == samples else None
-        return Exits(rule, row, heads, timestep, state.copies, hand_over, followed)
+        return Exits(rule, row, heads, timestep, state.copies, hand_over, self._steps, followed)
 
     def _note_exits(self, exits: Exits) -> None:
         """Record what samples ran in the call that ended."""

@@ -17,6 +17,7 @@ from torch import nn
 from fastdiff.backbones import Backbone, Unit
 from fastdiff.backbones.base import Streams
 from fastdiff.errors import StateError
+from fastdiff.kernels.steps import Steps
 
 SCOPES = ("per_sample", "batch_mean", "batch_all")
 
@@ -86,6 +87,7 @@ class Exits:
         timestep: as the call gives it; a number, or a tensor of one value or of one for each row.
         copies: how often the samples are in the batch, one guidance branch after the other; they stop together.
         hand_over: what is known of the way from unit to unit.
+        steps: takes samples out of the batch, and puts them back.
         depths: how many units each sample ran in another guidance branch of this evaluation, which this one follows.
     """
 
@@ -97,6 +99,7 @@ class Exits:
         timestep: Any,
         copies: int,
         hand_over: HandOver,
+        steps: Steps,
         depths: np.ndarray | None = None,
     ) -> None:
         self._rule = rule
@@ -107,6 +110,7 @@ class Exits:
         self._copies = copies
         self._hand_over = hand_over
         self._follows = depths
+        self._steps = steps
         self._batch = 0
         self._active: list[int] = []  # samples that still run
         self._rows: torch.Tensor | None = None  # their rows in the batch; None for all
@@ -144,7 +148,7 @@ class Exits:
             arguments = self._arguments(unit, compact, args, kwargs)
             self._compact = unit.io.parse(forward(*arguments[0], **arguments[1]))
             if not self._hand_over.is_direct(column):
-                whole = _put(whole, self._rows, self._compact)
+                whole = self._put(whole, self._rows, self._compact)
         elif unit.fragile:  # the denoiser may write into what it is handed back
             whole = tuple(stream if stream is None else stream.clone() for stream in whole)
         self._last = whole
@@ -189,7 +193,8 @@ class Exits:
         if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != self._batch:
             return value
         if id(value) not in self._taken:
-            self._taken[id(value)] = value, value.index_select(0, self._rows)  # type: ignore[arg-type]
+            assert self._rows is not None
+            self._taken[id(value)] = value, self._steps.gather(value, self._rows)
         return self._taken[id(value)][1]
 
     # -- stopping ------------------------------------------------------------------------------------------------------
@@ -251,7 +256,7 @@ class Exits:
         stopped = tuple(self._rows_of(stream, leave, before) for stream in compact)
         if (head := self._heads.get(column)) is not None:
             stopped = (head(stopped[0]), *stopped[1:])
-        whole = _put(whole, _every_copy(leaving, samples, self._copies, device), stopped)
+        whole = self._put(whole, _every_copy(leaving, samples, self._copies, device), stopped)
         compact = tuple(self._rows_of(stream, stay, before) for stream in compact)
         self._active = [self._active[place] for place in stay]
         self._rows = _every_copy(self._active, samples, self._copies, device)
@@ -260,11 +265,14 @@ class Exits:
         return whole, compact
 
     def _rows_of(self, stream: Any, places: Sequence[int], samples: int) -> Any:
-        return (
-            None
-            if stream is None
-            else stream.index_select(0, _every_copy(places, samples, self._copies, stream.device))
-        )
+        if stream is None:
+            return None
+        return self._steps.gather(stream, _every_copy(places, samples, self._copies, stream.device))
+
+    def _put(self, whole: Streams, rows: torch.Tensor, part: Streams) -> Streams:
+        """Streams with some rows replaced."""
+        pairs = zip(whole, part, strict=True)
+        return tuple(None if new is None else self._steps.scatter(old, rows, new.to(old.dtype)) for old, new in pairs)
 
 
 class _Decision:
@@ -296,12 +304,6 @@ def _every_copy(places: Sequence[int], size: int, copies: int, device: torch.dev
 
 def _same(output: Streams, following: Streams) -> bool:
     return len(output) == len(following) and all(a is b for a, b in zip(output, following, strict=True))
-
-
-def _put(whole: Streams, rows: torch.Tensor, part: Streams) -> Streams:
-    """Streams with some rows replaced."""
-    pairs = zip(whole, part, strict=True)
-    return tuple(None if new is None else old.index_copy(0, rows, new.to(old.dtype)) for old, new in pairs)
 
 
 def copies_in(sample: torch.Tensor) -> int:

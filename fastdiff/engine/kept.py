@@ -9,6 +9,7 @@ import torch
 
 from fastdiff.backbones.base import Streams
 from fastdiff.engine.program import Key
+from fastdiff.kernels.steps import Steps
 
 
 class Kept:
@@ -44,15 +45,17 @@ class Reuse:
         weights: the weight of each source for each evaluation of the batch, shape ``(evaluations, sources)``, on the
             host; None where a single value is carried over.
         evaluations: number of evaluations that run as one batch.
+        steps: sums with the weights.
     """
 
-    __slots__ = ("evaluations", "residual", "sources", "start", "weights")
+    __slots__ = ("evaluations", "residual", "sources", "start", "steps", "weights")
 
-    def __init__(self, sources: tuple[Kept, ...], weights: torch.Tensor | None, evaluations: int = 1) -> None:
+    def __init__(self, sources: tuple[Kept, ...], weights: torch.Tensor | None, evaluations: int, steps: Steps) -> None:
         self.start: Streams | None = None
         self.sources = sources
         self.weights = weights
         self.evaluations = evaluations
+        self.steps = steps
         self.residual = sources[0].residual
 
     def output(self, copy: bool) -> Any:
@@ -67,17 +70,25 @@ class Reuse:
         start, self.start = self.start, None
         residuals = [tuple(source.value[index] for source in self.sources) for index in range(len(start))]
         return tuple(
-            stream if stream is None or values[0] is None else stream + self._combined(values)
+            stream if stream is None or values[0] is None else self._combined(values, stream)
             for stream, values in zip(start, residuals, strict=True)
         )
 
-    def _combined(self, values: tuple[Any, ...]) -> Any:
-        """The weighted sums of some kept values, one evaluation after the other along the first dimension."""
+    def _combined(self, values: tuple[Any, ...], start: torch.Tensor | None = None) -> Any:
+        """The weighted sums of some kept values, one evaluation after the other along the first dimension.
+
+        Args:
+            values: one of each source.
+            start: what the sums are added to; the values are tensors then.
+        """
         if self.weights is None:
-            return transformed(lambda tensor: repeated(tensor, self.evaluations), values[0])
+            carried = transformed(lambda tensor: repeated(tensor, self.evaluations), values[0])
+            return carried if start is None else start + carried
+        count = len(self.weights)
+        starts = (None,) * count if start is None else start.chunk(count)
         sums = [
-            transformed(lambda *given, row=row: sum(w * tensor for w, tensor in zip(row, given, strict=True)), *values)
-            for row in self.weights
+            transformed(lambda *given, row=row, own=own: self.steps.weighted_sum(row, given, own), *values)
+            for row, own in zip(self.weights, starts, strict=True)
         ]
         return sums[0] if len(sums) == 1 else transformed(lambda *rows: torch.cat(rows), *sums)
 

@@ -23,6 +23,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import nn
 
 from fastdiff.errors import ConfigError
+from fastdiff.kernels import steps
 from fastdiff.kernels.patching import conditions, transformers, unets
 from fastdiff.kernels.patching.replacement import Forward, put, take
 from fastdiff.kernels.patching.report import OptimizeReport
@@ -76,7 +77,8 @@ def optimize(pipe_or_module: Any, *, rounding: Rounding = "fused") -> OptimizeRe
     Modules, parameters and state dict stay what they are: single modules get another forward, inside of all hooks that
     are on them or come later. Adapters, offloading and fastdiff's methods may be put on before or after. Whether an
     operation runs as a kernel is decided at every call (`fastdiff.kernels.dispatch`). Compiled code and training use
-    the model's own forwards. Calling it again replaces what was chosen before.
+    the model's own forwards. On a model that is given here, what fastdiff's methods compute between its blocks goes
+    through these operations as well. Calling it again replaces what was chosen before.
 
     Args:
         pipe_or_module: a pipeline, whose diffusers models are treated one by one, or a module.
@@ -93,6 +95,7 @@ def optimize(pipe_or_module: Any, *, rounding: Rounding = "fused") -> OptimizeRe
         raise ConfigError(f"rounding is 'fused' or 'match_eager'; got {rounding!r}.")
     report = OptimizeReport()
     for prefix, model in _models(pipe_or_module):
+        steps.allow(model, rounding)
         replaced = [
             name for name, module in model.named_modules() if _optimize(prefix + name, module, rounding, report)
         ]
@@ -112,7 +115,11 @@ def restore(pipe_or_module: Any) -> int:
     Raises:
         ConfigError: if it is neither a pipeline nor a module.
     """
-    return sum(take(module) for _, model in _models(pipe_or_module) for module in model.modules())
+    restored = 0
+    for _, model in _models(pipe_or_module):
+        steps.forbid(model)
+        restored += sum(map(take, model.modules()))
+    return restored
 
 
 def _models(pipe_or_module: Any) -> Iterator[tuple[str, nn.Module]]:

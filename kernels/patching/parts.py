@@ -6,15 +6,13 @@ runs where ``FASTDIFF_KERNELS=torch`` asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from torch import nn
 
-from fastdiff.kernels import dispatch, geglu, group_norm_act, residual_norm_modulate
+from fastdiff.kernels import geglu, group_norm_act, residual_norm_modulate
+from fastdiff.kernels.dispatch import fused
 from fastdiff.kernels.residual_norm_modulate import Norm, Rounding
 
 Maybe = torch.Tensor | None
@@ -28,11 +26,6 @@ def plain(module: nn.Module) -> bool:
     Offloading, for example, hooks modules to load their weights.
     """
     return not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
-
-
-def fused(name: str, supported: Callable[..., dispatch.Verdict], *args: Any) -> bool:
-    """Whether an operation of `fastdiff.ops` runs on these arguments."""
-    return dispatch.mode() == "torch" or dispatch.use_kernel(name, supported, *args)
 
 
 def join(
