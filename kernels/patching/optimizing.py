@@ -10,7 +10,7 @@ from typing import Any
 from diffusers import ModelMixin
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from diffusers.models.normalization import (
     AdaLayerNormContinuous,
@@ -19,12 +19,17 @@ from diffusers.models.normalization import (
     SD35AdaLayerNormZeroX,
 )
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 from torch import nn
 
 from fastdiff.errors import ConfigError
 from fastdiff.kernels import steps
-from fastdiff.kernels.patching import conditions, transformers, unets
+from fastdiff.kernels.patching import conditions, joint, transformers, unets
 from fastdiff.kernels.patching.replacement import Forward, put, take
 from fastdiff.kernels.patching.report import OptimizeReport
 from fastdiff.kernels.residual_norm_modulate import Rounding
@@ -51,9 +56,12 @@ class Kind:
 
 _BLOCK = "residual, gate, norm and modulation in one pass"
 _NORM = "norm and modulation in one pass"
+_HEADS = "norm and rotary embedding of queries or keys in one pass"
 KINDS: dict[type[nn.Module], Kind] = {
     BasicTransformerBlock: Kind(transformers.basic_transformer_block, _BLOCK, transformers.basic_obstacle),
     JointTransformerBlock: Kind(transformers.joint_transformer_block, _BLOCK),
+    DiTTransformer2DModel: Kind(transformers.dit, "output layers in one pass"),
+    FluxAttention: Kind(joint.flux_attention, _HEADS, joint.flux_obstacle),
     FluxTransformerBlock: Kind(transformers.flux_block, _BLOCK),
     FluxSingleTransformerBlock: Kind(transformers.flux_single_block, "gate and residual in one pass"),
     AdaLayerNormZero: Kind(transformers.ada_layer_norm_zero, _NORM),
@@ -69,6 +77,8 @@ KINDS: dict[type[nn.Module], Kind] = {
         unets.resnet_block, "timestep, group norm, modulation and SiLU in two passes", unets.resnet_obstacle
     ),
 }
+BY_PROCESSOR: dict[type, Kind] = {JointAttnProcessor2_0: Kind(joint.joint_attention, _HEADS, joint.joint_obstacle)}
+"""What stands for `Attention` with a processor other than the default."""
 
 
 def optimize(pipe_or_module: Any, *, rounding: Rounding = "fused") -> OptimizeReport:
@@ -97,7 +107,9 @@ def optimize(pipe_or_module: Any, *, rounding: Rounding = "fused") -> OptimizeRe
     for prefix, model in _models(pipe_or_module):
         steps.allow(model, rounding)
         replaced = [
-            name for name, module in model.named_modules() if _optimize(prefix + name, module, rounding, report)
+            name
+            for name, module in model.named_modules()
+            if _optimize((prefix + name).rstrip("."), module, rounding, report)
         ]
         _name_unknown_blocks(prefix, model, replaced, report)
     return report
@@ -144,6 +156,8 @@ def _optimize(name: str, module: nn.Module, rounding: Rounding, report: Optimize
     """Replace one module's forward if that is known, and report it."""
     cls = type(module)
     kind = KINDS.get(cls)
+    if cls is Attention:
+        kind = BY_PROCESSOR.get(type(module.processor), kind)
     if kind is None:
         base = next((base.__name__ for base in cls.__mro__ if base in KINDS), None)
         if base is not None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from torch import nn
 
-from fastdiff.kernels import geglu, group_norm_act, residual_norm_modulate
+from fastdiff.kernels import exit_head, geglu, group_norm_act, residual_norm_modulate
 from fastdiff.kernels.dispatch import fused
 from fastdiff.kernels.residual_norm_modulate import Norm, Rounding
 
@@ -121,6 +121,51 @@ def norm_silu(
     x = norm(x if add is None else x + add)
     x = x if scale is None else x * (1 + scale)
     return F.silu(x if shift is None else x + shift)
+
+
+def patches_together(
+    x: torch.Tensor,
+    norm: nn.Module,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    matrix: nn.Module,
+    patch: int,
+    rounding: Rounding = "fused",
+) -> torch.Tensor:
+    """The output layers of a transformer for square images: ``unpatchify(matrix(norm(x) * (1 + scale) + shift))``.
+
+    Args:
+        x: tokens of shape ``(batch, tokens, width)``, row by row.
+        norm: the norm over the width.
+        scale: modulation after the norm, shape ``(batch, width)``.
+        shift: modulation after the norm, shape ``(batch, width)``.
+        matrix: a linear layer, with channels as its outputs' fastest index.
+        patch: height and width of a patch in pixels.
+        rounding: the kernel only knows ``"fused"``; otherwise a linear layer of torch's runs.
+
+    Returns:
+        Images of shape ``(batch, channels, height, width)``.
+    """
+    columns = int(x.shape[1] ** 0.5)
+    known = type(norm) is nn.LayerNorm and type(matrix) is nn.Linear and plain(norm) and plain(matrix)
+    if rounding == "fused" and known and columns**2 == x.shape[1]:
+        tensors = (matrix.weight, matrix.bias, norm.weight, norm.bias, scale, shift)
+        if _rows(x, *tensors) and fused("exit_head", exit_head.supported, x, *tensors):
+            return exit_head.exit_head(
+                x,
+                matrix.weight,
+                matrix.bias,
+                columns=columns,
+                patch=patch,
+                norm_weight=norm.weight,
+                norm_bias=norm.bias,
+                scale=scale,
+                shift=shift,
+                eps=norm.eps,
+            )
+    patches = matrix(join(x, norm=norm, scale=scale, shift=shift, rounding=rounding)[1])
+    patches = patches.reshape(-1, columns, columns, patch, patch, patches.shape[-1] // patch**2)
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def gated(hidden: torch.Tensor, rounding: Rounding) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Forwards of transformer blocks, their adaptive norms and their feed-forward activations.
+"""Forwards of transformer blocks, their adaptive norms and feed-forward activations, and of DiT as a whole.
 
 Each takes what the forward of the diffusers class takes that it stands for, after the module and the rounding.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
-from fastdiff.kernels.patching.parts import gated, join
+from fastdiff.kernels.patching.parts import gated, join, patches_together
 from fastdiff.kernels.residual_norm_modulate import Rounding
 
 Maybe = torch.Tensor | None
@@ -68,6 +70,35 @@ def basic_transformer_block(
         ), None  # fmt: skip
     x, normed = join(x, branch, gate, block.norm2 if single else block.norm3, scale, shift, rounding)
     return join(x, block.ff(normed), gate_ff, rounding=rounding)[0]
+
+
+def dit(
+    model: Any,
+    rounding: Rounding,
+    hidden_states: torch.Tensor,
+    timestep: Maybe = None,
+    class_labels: Maybe = None,
+    cross_attention_kwargs: Options = None,
+    return_dict: bool = True,
+) -> Any:
+    """`DiTTransformer2DModel`: its blocks are called as ever, and its output layers are one operation."""
+    if model.gradient_checkpointing:
+        return NotImplemented
+    x = model.pos_embed(hidden_states)
+    for block in model.transformer_blocks:
+        x = block(
+            x,
+            attention_mask=None,
+            encoder_hidden_states=None,
+            encoder_attention_mask=None,
+            timestep=timestep,
+            cross_attention_kwargs=cross_attention_kwargs,
+            class_labels=class_labels,
+        )
+    condition = model.transformer_blocks[0].norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
+    shift, scale = model.proj_out_1(F.silu(condition)).chunk(2, dim=1)
+    image = patches_together(x, model.norm_out, scale, shift, model.proj_out_2, model.patch_size, rounding)
+    return Transformer2DModelOutput(sample=image) if return_dict else (image,)
 
 
 def joint_transformer_block(
