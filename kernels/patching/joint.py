@@ -22,7 +22,7 @@ from fastdiff.kernels.residual_norm_modulate import Rounding
 
 Maybe = torch.Tensor | None
 Angles = tuple[torch.Tensor, torch.Tensor] | None
-Stream = tuple[torch.Tensor, nn.Module]
+Stream = tuple[torch.Tensor, Any]
 """Queries or keys, shape ``(batch, tokens, heads, width)``, and their norm."""
 
 
@@ -43,7 +43,7 @@ def _norm_obstacle(attn: Any) -> str:
     if attn.added_kv_proj_dim is not None:
         norms += [attn.norm_added_q, attn.norm_added_k]
     unknown = next((norm for norm in norms if not _is_known(norm)), attn)
-    return "" if unknown is attn else f"a norm of its heads is {type(unknown).__name__} or has a bias, no plain RMSNorm"
+    return "" if unknown is attn else f"a norm of its heads is {type(unknown).__name__}, not an RMSNorm without bias"
 
 
 def _is_known(norm: Any) -> bool:

@@ -6,6 +6,8 @@ runs where ``FASTDIFF_KERNELS=torch`` asks for it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
@@ -125,10 +127,10 @@ def norm_silu(
 
 def patches_together(
     x: torch.Tensor,
-    norm: nn.Module,
+    norm: Any,
     scale: torch.Tensor,
     shift: torch.Tensor,
-    matrix: nn.Module,
+    matrix: Any,
     patch: int,
     rounding: Rounding = "fused",
 ) -> torch.Tensor:
