@@ -138,6 +138,18 @@ def test_optimize_asks_and_restore_takes_back(called: Counter[str], monkeypatch:
     assert not called
 
 
+def test_compiled_code_has_torchs_operations(called: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDIFF_KERNELS", "torch")
+    case = "DiT, forecast"
+    expected = images(accelerated(case), case)
+    pipe = accelerated(case)
+    fastdiff.optimize(pipe.transformer)
+    torch._dynamo.reset()
+    pipe.transformer.compile(fullgraph=True, backend="eager")
+    assert torch.equal(images(pipe, case), expected)
+    assert not called
+
+
 # -- single steps ------------------------------------------------------------------------------------------------------
 
 
