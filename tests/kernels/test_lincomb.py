@@ -5,7 +5,7 @@ import torch
 from kernel_checks.formula import assert_close
 
 from fastdiff.engine.program import extrapolation_weights
-from fastdiff.kernels.lincomb import _sample_layout, lincomb, lincomb_reference
+from fastdiff.kernels.lincomb import lincomb, lincomb_reference, sample_layout
 from fastdiff.ops import KernelInputError, KernelUnavailableError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -71,12 +71,12 @@ def test_samples_are_read_where_they_lie(device: torch.device) -> None:
 
 def test_sample_layout() -> None:
     x = torch.empty(2, 4, 3, 5)
-    assert _sample_layout(x) == (15, 5, 1)
-    assert _sample_layout(x[:, 1:3]) == (15, 5, 1)
-    assert _sample_layout(x[:, :, 1:]) is None
-    assert _sample_layout(x[..., ::2]) is None
-    assert _sample_layout(x[:, :1].expand(2, 4, 3, 5)) is None
-    assert _sample_layout(x.to(memory_format=torch.channels_last)) == (1, 20, 4)
+    assert sample_layout(x) == (15, 5, 1)
+    assert sample_layout(x[:, 1:3]) == (15, 5, 1)
+    assert sample_layout(x[:, :, 1:]) is None
+    assert sample_layout(x[..., ::2]) is None
+    assert sample_layout(x[:, :1].expand(2, 4, 3, 5)) is None
+    assert sample_layout(x.to(memory_format=torch.channels_last)) == (1, 20, 4)
 
 
 def test_dtypes_are_promoted(device: torch.device) -> None:
