@@ -45,8 +45,8 @@ class FastDiffPipeline:
             methods: one method or several. By default those saved in the folder, else those of the preset.
             preset: ``"quality"``, ``"balanced"`` (the default), ``"fast"`` or ``"off"``; not together with methods.
             on_unsupported: ``"raise"``, ``"warn"`` or ``"off"`` for a pipeline that cannot be accelerated.
-            kernels: ``"auto"`` also calls `fastdiff.optimize`: fused kernels where the machine has them, with slightly
-                different images; ``"off"`` leaves the models' own operations.
+            kernels: ``"auto"`` also calls `fastdiff.optimize`: fused kernels where the machine has them, in the models
+                and between their blocks, with slightly different images; ``"off"`` launches none.
             **kwargs: what `DiffusionPipeline.from_pretrained` takes.
 
         Returns:

@@ -22,6 +22,7 @@ import fastdiff
 from fastdiff import ConfigError, FastDiffPipeline
 from fastdiff.kernels.patching import parts
 from fastdiff.kernels.patching.replacement import Replacement, innermost
+from fastdiff.kernels.steps import Steps, steps_of
 from fastdiff.pipelines import pipeline
 
 ORDER = pytest.mark.parametrize("first", ["optimize", "other"])
@@ -141,6 +142,7 @@ def test_compiled_denoiser_is_optimised() -> None:
 def test_from_pretrained(kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("DiTPipeline").save_pretrained(tmp_path)
     pipe = FastDiffPipeline.from_pretrained(tmp_path, kernels=kernels)
+    assert steps_of(pipe.transformer) == Steps("fused" if kernels == "auto" else None)
     assert bool(fastdiff.restore(pipe)) == (kernels == "auto")
     monkeypatch.setattr(pipeline, "_resolve", lambda name: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match="'auto' or 'off'; got 'on'"):
