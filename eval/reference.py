@@ -25,6 +25,7 @@ from PIL import Image
 from fastdiff.errors import ConfigError, FastDiffError
 from fastdiff.eval.features import FeatureNet, ImageDataError, check_images, extract
 from fastdiff.eval.quality import FeatureStatistics
+from fastdiff.image_dataset import image_column
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 ZOO_RENDERS = 5000
@@ -148,7 +149,7 @@ def load_reference(
     if text.startswith("zoo:"):
         return _of_images(text, _zoo_images(text, renders), net, batch, cache)
     if text.startswith("datasets:"):
-        return _of_images(text, _dataset_images(text), net, batch, cache)
+        return _of_images(text, DatasetImages(*image_column(text, ReferenceSetError), text), net, batch, cache)
     if text and path.is_dir():
         return _of_images(path.resolve().name, FolderImages(path), net, batch, cache)
     if path.suffix in {".npz", ".safetensors"} and path.is_file():
@@ -266,30 +267,6 @@ def _zoo_images(source: str, renders: int) -> np.ndarray:
     if source not in subsets:
         raise ConfigError(f"The zoo has no reference {source!r}; choose one of: {', '.join(subsets)}.")
     return render_many(HELD_OUT_SEED, 0, renders, subsets[source])[0]
-
-
-def _dataset_images(source: str) -> DatasetImages:
-    parts = source.split(":")[1:]
-    if not 1 <= len(parts) <= 3 or not parts[0]:
-        raise ConfigError(f"{source!r} does not read as datasets:NAME[:SPLIT[:COLUMN]].")
-    try:
-        import datasets
-    except ImportError as error:
-        raise ReferenceSetError(f"{source} needs the datasets library: pip install datasets") from error
-    name, split, column = [*parts, "", ""][:3]
-    split = split or "train"
-    try:
-        found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
-        table = found[split] if isinstance(found, datasets.DatasetDict) else found
-    except (OSError, ValueError, KeyError) as error:
-        raise ReferenceSetError(f"{source}: there is no split {split!r} of {name!r} to be had: {error}") from error
-    image_columns = [key for key, kind in table.features.items() if isinstance(kind, datasets.Image)]
-    column = column or next(iter(image_columns), "")
-    if column not in image_columns:
-        raise ReferenceSetError(f"{source}: no column {column!r} of images; there are: {', '.join(image_columns)}.")
-    if not len(table):
-        raise ImageDataError(f"{source} holds no images.")
-    return DatasetImages(table, column, source)
 
 
 def _of_images(

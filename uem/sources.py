@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastdiff.errors import ConfigError
+from fastdiff.image_dataset import image_column
 from fastdiff.uem.config import TrainConfig
 from fastdiff.uem.data import TrainingData, TrainingDataError, chosen, load_tables, save_tables, table_of
 from fastdiff.uem.encoding import encoded
@@ -377,24 +378,8 @@ def _described(folder: Path, paths: Sequence[Path]) -> tuple[list[int] | None, l
 
 
 def _dataset(source: str, limit: int | None) -> Pictures:
-    name, split, column = [*source.split(":", 3)[1:], "", ""][:3]
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(f"{source} needs the datasets library: pip install datasets.") from error
-    split = split or "train"
-    try:
-        found = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
-        table = found[split] if isinstance(found, datasets.DatasetDict) else found
-    except (OSError, ValueError, KeyError) as error:
-        raise TrainingDataError(f"{source}: there is no split {split!r} of {name!r} to be had: {error}") from error
-    columns = [key for key, kind in table.features.items() if isinstance(kind, datasets.Image)]
-    column = column or next(iter(columns), "")
-    if column not in columns:
-        raise TrainingDataError(f"{source}: no column {column!r} of images; there are: {', '.join(columns) or 'none'}.")
+    table, column = image_column(source, TrainingDataError)
     table = table.select(range(min(limit or len(table), len(table))))
-    if not len(table):
-        raise TrainingDataError(f"{source} holds no images.")
     text = next((key for key in ("text", "caption", "prompt") if key in table.features), None)
     labels = table["label"][:] if "label" in table.features else None
     captions = table[text][:] if text else None
