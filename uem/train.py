@@ -117,16 +117,19 @@ def _accelerator(config: TrainConfig, out: Path) -> Accelerator:
         DistributedDataParallelKwargs(find_unused_parameters=config.objective == "ase"),
         InitProcessGroupKwargs(timeout=PATIENCE),
     ]
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and config.mixed_precision == "fp16":  # accelerate would go on, and scale no loss
+        raise ConfigError("mixed_precision='fp16' needs a GPU, and this is the CPU. Give 'bf16' or 'no'.")
     try:
         accelerator = Accelerator(
-            cpu=config.device == "cpu" or not torch.cuda.is_available(),
+            cpu=on_cpu,
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation,
             log_with="tensorboard" if has_tensorboard else None,
             project_dir=out,
             kwargs_handlers=handlers,
         )
-    except ValueError as error:  # half precision where there is none, or another one in this process before
+    except ValueError as error:  # another precision in this process before
         raise ConfigError(
             f"accelerate cannot compute with mixed_precision={config.mixed_precision!r} on this device: {error}"
         ) from error
