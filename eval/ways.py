@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fastdiff
@@ -234,7 +235,7 @@ def _parse(spec: str, steps: int, model: str, units: int | None) -> Way:
         else:
             peers.append(_peer(part, name))
         groups.append(name)
-        labels.append(" ".join(filter(None, (name, rest))))
+        labels.append(" ".join(filter(None, (name, _file_label(rest) if name in (PLAN, SAVED) else rest))))
     if len(given_steps) > 1 or len(peers) > 1:
         raise ConfigError(f"One number of steps and one other package at most; got {spec!r}.")
     steps = given_steps[0] if given_steps else steps
@@ -245,6 +246,11 @@ def _parse(spec: str, steps: int, model: str, units: int | None) -> Way:
     return Way(
         steps, tuple(methods), peers[0] if peers else None, model, label=" + ".join(labels), group=" + ".join(groups)
     )
+
+
+def _file_label(path: str) -> str:
+    """The folder and the name of a file, enough to tell those of several folders apart."""
+    return "/".join(Path(path.removesuffix(".json")).parts[-2:])
 
 
 def _whole(text: str, spec: str) -> int:

@@ -16,6 +16,7 @@ _PREFIX = "zoo:"
 _MODELS = {
     "glyphs-dit": "class-conditional latent DiT of digits and capital letters, 14 blocks",
     "glyphs-dit-ase": "the same, fine-tuned to exit early under the schedule 'ase-demo'",
+    "glyphs-dit-uem": "the same, fine-tuned with uncertainty modules and exit heads, which are in its folder uem",
     "glyphs-sd": "text-to-image StableDiffusionPipeline of digits and capital letters in two colours",
     "glyphs-ddpm": "unconditional DDPMPipeline of digits on pixels",
     "glyphs-cnn": "reads character, font and colours of a glyph image; its features serve for distances",

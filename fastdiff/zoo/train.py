@@ -16,7 +16,9 @@ from transformers import CLIPTextModel
 from fastdiff import zoo
 from fastdiff.errors import FastDiffError
 from fastdiff.methods import ExitSchedule
-from fastdiff.models import UViT, pipeline_class
+from fastdiff.methods.uncertainty_exit import WEIGHTS
+from fastdiff.models import UViT, UViTPipeline, pipeline_class
+from fastdiff.uem.modules import load_modules
 
 from . import check, export, training, training_dit, training_unet, training_uvit
 from .captions import load_tokenizer, write_tokenizer
@@ -38,6 +40,7 @@ the commands in this order; each says what it needs:
   sd        train UNet and text encoder on the VAE's latents  needs data, vae
   ddpm      train the unconditional UNet on pixels, digits    needs data
   export    write plain diffusers folders in float16          needs what it writes
+  exits     add what `fastdiff train-uem` trained for them    needs a written transformer
   check     count how many samples the reader can read
 
 Training writes a checkpoint every few hundred steps; the same command continues after an interruption and ends with
@@ -221,9 +224,24 @@ def _export(args: argparse.Namespace) -> None:
     for name in args.model or _STAGES:
         stage, write = _STAGES[name]
         write(args, name, _needed(args.work / stage / "model", stage))
-        folder = args.out / name
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        print(f"{folder}: {size / 1e6:.2f} MB")
+        _tell_size(args.out / name)
+
+
+def _exits(args: argparse.Namespace) -> None:
+    """Trained exits go into the folder of their model; a denoiser that learned with them, into one of its own."""
+    modules, tuned, model = load_modules(args.trained), args.trained / "transformer", args.out / args.model
+    if tuned.exists():
+        pipe = pipeline_class(model).from_pretrained(model)
+        write = training_uvit.export if isinstance(pipe, UViTPipeline) else export.export_dit
+        model = model.with_name(f"{args.model}-uem")
+        write(type(pipe.transformer).from_pretrained(tuned), pipe.vae, model)
+    export.half_copy(modules).save_pretrained(model / WEIGHTS)
+    _tell_size(model)
+
+
+def _tell_size(folder: Path) -> None:
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder}: {size / 1e6:.2f} MB")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -279,7 +297,15 @@ def _parser() -> argparse.ArgumentParser:
     for command in (dit, ase, uvit):
         command.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
     exported = add("export", _export, "write plain diffusers folders in float16")
-    exported.add_argument("--out", type=Path, default=zoo.path("glyphs-dit").parent, help="folder for the models")
+    exits = add(
+        "exits", _exits, "add what `fastdiff train-uem` trained to a model; or make a copy if the model learned too"
+    )
+    exits.add_argument("--trained", type=Path, required=True, help="what `fastdiff train-uem --out` was given")
+    exits.add_argument(
+        "--model", default="glyphs-dit", help="what it was trained for; its fine-tuned copy is MODEL-uem"
+    )
+    for command in (exported, exits):
+        command.add_argument("--out", type=Path, default=zoo.path("glyphs-dit").parent, help="folder for the models")
     exported.add_argument("--model", nargs="*", choices=_STAGES, help="models to write, instead of all")
     checked = add("check", _check, "count how many samples the reader can read")
     checked.add_argument("--model", default="glyphs-dit", help="a pipeline of the zoo")

@@ -12,7 +12,10 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file
 from torch import nn
 
+from fastdiff.backbones import view
 from fastdiff.methods import ExitSchedule
+from fastdiff.uem.modules import load_modules
+from fastdiff.uem.readout import make_modules
 from fastdiff.zoo import data, export, train, training, training_dit
 from fastdiff.zoo.training_loop import LoopConfig, fit
 
@@ -218,6 +221,27 @@ def test_export_is_a_half_precision_folder_that_samples(
     assert not [file for file in (tmp_path / "again").rglob("*.json") if str(tmp_path) in file.read_text()]
     images = pipe(class_labels=[3, 5], num_inference_steps=2, output_type="np").images
     assert images.shape == (2, 32, 32, 3)
+
+
+def test_trained_exits_are_added_to_their_model_or_to_the_copy_that_learned_with_them(
+    transformer: DiTTransformer2DModel, vae: AutoencoderKL, tmp_path: Path
+) -> None:
+    export.export_dit(transformer, vae, tmp_path / "out" / "model")
+    inputs = dict(zip(("hidden_states", "timestep", "class_labels"), _inputs(), strict=True))
+    make_modules(transformer, inputs, heads="per_exit").save_pretrained(tmp_path / "trained")
+    command = ["exits", "--model", "model", "--out", str(tmp_path / "out"), "--trained", str(tmp_path / "trained")]
+    train.main(command)
+    assert not (tmp_path / "out" / "model-uem").exists()
+    load_modules(tmp_path / "out" / "model" / "uem").check(view(transformer))
+    nn.init.ones_(transformer.proj_out_2.bias)
+    transformer.save_pretrained(tmp_path / "trained" / "transformer")
+    train.main(command)
+    copy = DiTPipeline.from_pretrained(tmp_path / "out" / "model-uem")
+    assert copy.transformer.proj_out_2.bias.unique().tolist() == [1]
+    for file in (tmp_path / "out").rglob("uem/*.safetensors"):
+        assert {value.dtype for value in load_file(file).values()} == {torch.float16}
+    assert len([*(tmp_path / "out").rglob("uem/*.safetensors")]) == 2
+    assert not [file for file in (tmp_path / "out").rglob("*.json") if str(tmp_path) in file.read_text()]
 
 
 def test_command_names_the_stage_that_is_missing(tmp_path: Path) -> None:
