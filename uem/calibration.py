@@ -162,12 +162,12 @@ def calibrate(
 
     Raises:
         BudgetError: if no thresholds meet the budget; ``reachable`` has the range that can be met.
-        ConfigError: for arguments that are not allowed.
+        ConfigError: for arguments that are not allowed, among them a frozen plan for a UNet.
         ProfileMismatchError: if the modules are for another denoiser.
     """
     _check(budget, num_samples, batch_size, num_inference_steps, bins, rule, tolerance)
     with _bar(progress) as bar, restoring(pipe):
-        method = _located(pipe, method)
+        method = _located(pipe, method, frozen)
         observer = Observer(pipe, task, num_inference_steps, batch_size, bar.tell)
         search = _Search(observer, method, range(num_samples), budget, tolerance, bar)
         search.check_reachable()
@@ -223,14 +223,19 @@ def _check(
         raise BudgetError(f"A budget is a share of full sampling, above 0 and at most 1; got {budget!r}.", (0.0, 1.0))
 
 
-def _located(pipe: DiffusionPipeline, method: UncertaintyExit) -> UncertaintyExit:
+def _located(pipe: DiffusionPipeline, method: UncertaintyExit, frozen: bool) -> UncertaintyExit:
     """The method with its modules: its own, or those of the pipeline's folder."""
     import fastdiff
 
     if not isinstance(method, UncertaintyExit):
         raise ConfigError(f"Thresholds are calibrated for UncertaintyExit; got {method!r}.")
     (located,) = fastdiff.enable(pipe, method).fastdiff.methods
-    located.modules()
+    made_for = located.modules().config
+    if frozen and made_for["read_width"] is not None:
+        raise ConfigError(
+            f"A plan cannot stop between the stages of a {made_for['backbone']}, so that its exits stay dynamic: leave "
+            "out frozen (--freeze)."
+        )
     return located
 
 

@@ -86,7 +86,9 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def fingerprint(module: nn.Module) -> str:
     """Stands for a module's class, configuration and weights; of each tensor a sample of its values is looked at."""
     state = hashlib.sha256(type(module).__name__.encode())
-    config = {name: value for name, value in getattr(module, "config", {}).items() if not name.startswith("_")}
+    config: Any = getattr(module, "config", {})  # transformers' configurations are no mappings
+    config = config if isinstance(config, Mapping) else config.to_dict()
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
     state.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, value in module.state_dict().items():
         flat = value.detach().flatten()

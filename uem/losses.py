@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -26,8 +27,10 @@ def per_token(values: torch.Tensor, tokens: int) -> torch.Tensor:
     Raises:
         ConfigError: if the map does not consist of so many square patches.
     """
-    if values.shape[-2] == tokens:
-        return values
+    return values if values.shape[-2] == tokens else _patches(values, tokens)
+
+
+def _patches(values: torch.Tensor, tokens: int) -> torch.Tensor:
     height, width = values.shape[-2:]
     patch = math.isqrt(height * width // tokens) if tokens else 0
     if not patch or (height // patch) * (width // patch) != tokens or height % patch or width % patch:
@@ -48,14 +51,34 @@ def error_label(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor
     return (predictions.detach() - target.detach()).float().abs().tanh()
 
 
-def uncertainty_loss(maps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def token_labels(predictions: torch.Tensor, target: torch.Tensor, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What each exit's map should be: `error_label`, sorted by the tokens of the exit.
+
+    Args:
+        predictions: of the exits, shape ``(exits, batch, ...)``.
+        target: what is right, ``(batch, channels, height, width)``, or in tokens ``(batch, tokens, channels)``.
+        maps: of each exit, shape ``(batch, tokens, numbers of a token)``.
+
+    Raises:
+        ConfigError: if an exit's tokens are no square patches of the target.
+    """
+    errors = error_label(predictions, target)
+    if target.ndim == 3:
+        return list(errors)
+    return [_patches(error, map_.shape[1]) for error, map_ in zip(errors, maps, strict=True)]
+
+
+def uncertainty_loss(
+    maps: torch.Tensor | Sequence[torch.Tensor], labels: torch.Tensor | Sequence[torch.Tensor]
+) -> torch.Tensor:
     """Mean squared error of uncertainties, over exits, samples and numbers; trains the uncertainty modules alone.
 
     Args:
-        maps: the modules' uncertainties, shape ``(exits, batch, tokens, numbers of a token)``.
-        labels: `error_label`, sorted by `per_token`; same shape.
+        maps: the modules' uncertainties of each exit, shape ``(batch, tokens, numbers of a token)``.
+        labels: of each exit, same shape, such as `token_labels`.
     """
-    return (maps - labels.detach()).square().mean()
+    errors = [(map_ - label.detach()).square().mean() for map_, label in zip(maps, labels, strict=True)]
+    return torch.stack(errors).mean()
 
 
 def layerwise_loss(

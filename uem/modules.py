@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from fastdiff.engine.heads import ExitHead
+from fastdiff.engine.heads import ExitHead, StageHead
 from fastdiff.errors import ConfigError, ProfileMismatchError
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ TIMESTEP_CHANNELS = 256
 
 HEADS = ("shared", "per_exit_norm", "per_exit")
 """Who reads the hidden state at an exit: the model's own output layers; these after a norm of the exit's own; or these
-after a low-rank correction of the exit's own."""
+after a low-rank correction of the exit's own. In a UNet, where hidden states differ in shape, only the last can be."""
 
 
 def sinusoids(timesteps: torch.Tensor) -> torch.Tensor:
@@ -87,6 +86,28 @@ class ExitNorm(nn.Module):
         return hidden_states + self.norm(hidden_states.to(self.norm.weight.dtype)).to(hidden_states.dtype)
 
 
+def _head(kind: str, width: int, rank: int, read_width: int | None) -> nn.Module:
+    """An exit's head."""
+    if read_width is not None:
+        return StageHead(width, read_width, rank)
+    if kind == "shared":
+        return nn.Identity()
+    return ExitNorm(width) if kind == "per_exit_norm" else ExitHead(width, rank)
+
+
+def check_unet_heads(heads: str) -> None:
+    """Refuse heads that a UNet cannot have.
+
+    Raises:
+        ConfigError: for any but ``"per_exit"``.
+    """
+    if heads != "per_exit":
+        raise ConfigError(
+            "A UNet's output layers cannot read the hidden state at an exit, which has another shape: heads='per_exit' "
+            f"is all that there is; got {heads!r}."
+        )
+
+
 class UncertaintyModules(ModelMixin, ConfigMixin):
     """The uncertainty modules of a denoiser, one for each exit, and the exits' heads.
 
@@ -96,15 +117,17 @@ class UncertaintyModules(ModelMixin, ConfigMixin):
         backbone: class name of the denoiser that they were made for.
         units: number of its units.
         exits: names of the units before which a sample may stop, in execution order.
-        width: channels of the hidden state.
-        outputs: numbers that a token stands for in the prediction.
+        width: channels of the hidden state; in a UNet one number for each exit.
+        outputs: numbers that a token stands for in the prediction; in a UNet, where pixels of the hidden state are the
+            tokens, one number for each exit.
         extra_tokens: tokens at the front of the hidden state that the prediction is not made of.
         timestep_aware: whether the modules know the timestep.
         heads: ``"shared"``, ``"per_exit_norm"`` or ``"per_exit"``.
         rank: channels of the corrections of ``"per_exit"``.
+        read_width: of a UNet, channels of what its output layers read; None for any other denoiser.
 
     Raises:
-        ConfigError: for other heads, or no exit at all.
+        ConfigError: for other heads, no exit at all, or not one number for each.
     """
 
     @register_to_config
@@ -113,25 +136,31 @@ class UncertaintyModules(ModelMixin, ConfigMixin):
         backbone: str,
         units: int,
         exits: list[str],
-        width: int,
-        outputs: int,
+        width: int | list[int],
+        outputs: int | list[int],
         extra_tokens: int = 0,
         timestep_aware: bool = True,
         heads: str = "shared",
         rank: int = 32,
+        read_width: int | None = None,
     ) -> None:
         super().__init__()
         if heads not in HEADS:
             raise ConfigError(f"heads is one of {', '.join(map(repr, HEADS))}; got {heads!r}.")
         if not exits or len(set(exits)) != len(exits):
             raise ConfigError(f"exits are the names of units, each once and at least one; got {exits!r}.")
-        self.uncertainty = nn.ModuleList(UncertaintyModule(width, outputs, timestep_aware) for _ in exits)
-        kinds: dict[str, Callable[[int], nn.Module]] = {
-            "shared": nn.Identity,
-            "per_exit_norm": ExitNorm,
-            "per_exit": partial(ExitHead, rank=rank),
-        }
-        self.exit_heads = nn.ModuleList(kinds[heads](width) for _ in exits)
+        if read_width is not None:
+            check_unet_heads(heads)
+        widths, numbers = ([size] * len(exits) if isinstance(size, int) else size for size in (width, outputs))
+        if not len(widths) == len(numbers) == len(exits):
+            raise ConfigError(
+                f"width and outputs have one number for each of {len(exits)} exits; got {width}, {outputs}."
+            )
+        self.uncertainty = nn.ModuleList(
+            UncertaintyModule(*sizes, timestep_aware) for sizes in zip(widths, numbers, strict=True)
+        )
+
+        self.exit_heads = nn.ModuleList(_head(heads, size, rank, read_width) for size in widths)
         self._timesteps: torch.Tensor | None = None
 
     @property
@@ -141,6 +170,8 @@ class UncertaintyModules(ModelMixin, ConfigMixin):
 
     def tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The tokens of a hidden state that the prediction is made of, shape ``(batch, tokens, width)``."""
+        if self.config["read_width"] is not None:
+            return hidden_states.flatten(2).transpose(1, 2)
         return hidden_states[:, self.config["extra_tokens"] :]
 
     def maps(self, exit: int, hidden_states: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -148,7 +179,8 @@ class UncertaintyModules(ModelMixin, ConfigMixin):
 
         Args:
             exit: number of the exit.
-            hidden_states: what its unit is about to read, shape ``(batch, all tokens, width)``.
+            hidden_states: what its unit is about to read, shape ``(batch, all tokens, width)``; in a UNet
+                ``(batch, width, height, width)``.
             timesteps: shape ``(batch,)``.
         """
         if self.device != hidden_states.device:

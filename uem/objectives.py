@@ -10,14 +10,14 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 
-from fastdiff.backbones import view
+from fastdiff.backbones import Backbone, view
 from fastdiff.errors import ConfigError
 from fastdiff.methods import ExitSchedule
 from fastdiff.methods.exit_schedule import exit_at_depths
 from fastdiff.uem import losses
 from fastdiff.uem.config import TrainConfig
 from fastdiff.uem.data import Batch, TrainingData
-from fastdiff.uem.modules import UncertaintyModules
+from fastdiff.uem.modules import UncertaintyModules, check_unet_heads
 from fastdiff.uem.readout import ExitOutputs, ExitReadout, make_modules
 
 Losses = dict[str, torch.Tensor]
@@ -78,10 +78,9 @@ class ExitObjective(Objective):
         with self.readout:
             yield
 
-    def uncertainty(self, found: ExitOutputs) -> torch.Tensor:
-        """The modules' maps of all exits, shape ``(exits, batch, tokens, numbers of a token)``."""
-        maps = [self.exits.maps(exit, state, found.timesteps) for exit, state in enumerate(found.hidden)]
-        return torch.stack(maps)
+    def uncertainty(self, found: ExitOutputs) -> list[torch.Tensor]:
+        """The modules' maps of all exits, each of shape ``(batch, tokens, numbers of a token)``."""
+        return [self.exits.maps(exit, state, found.timesteps) for exit, state in enumerate(found.hidden)]
 
     def target(self, found: ExitOutputs, batch: Batch) -> torch.Tensor:
         """What the exits are held against, float32 of the sample's shape."""
@@ -99,10 +98,10 @@ class ExitObjective(Objective):
         parts: Losses = {}
         if config.objective == "deediff":
             maps = self.uncertainty(found)
-            labels = losses.per_token(losses.error_label(found.predictions, target), maps.shape[2])
+            labels = losses.token_labels(found.predictions, target, maps)
             parts["uncertainty"] = config.uncertainty_weight * losses.uncertainty_loss(maps, labels)
             if found.predictions.requires_grad:  # there is nothing to learn for shared heads of a frozen denoiser
-                uncertainty = maps.mean((2, 3))
+                uncertainty = mean_uncertainty(maps)
                 layerwise = losses.layerwise_loss(found.predictions, target, uncertainty, config.ual)
                 parts["layerwise"] = config.layerwise_weight * layerwise
         else:
@@ -111,8 +110,15 @@ class ExitObjective(Objective):
         if config.train_backbone:
             parts["simple"] = (found.full.float() - batch.truth.float()).square().mean()
         if distils and found.read.requires_grad:
-            parts["distillation"] = config.distillation * losses.feature_loss(found.read, found.last)
+            parts["distillation"] = config.distillation * losses.feature_loss(
+                found.read.flatten(3), found.last.flatten(2)
+            )
         return {"loss": torch.stack([*parts.values()]).sum(), **parts}
+
+
+def mean_uncertainty(maps: list[torch.Tensor]) -> torch.Tensor:
+    """Of each exit and sample, shape ``(exits, batch)``."""
+    return torch.stack([map_.mean((1, 2)) for map_ in maps])
 
 
 class ScheduleObjective(Objective):
@@ -163,6 +169,23 @@ class ScheduleObjective(Objective):
         """The losses of a batch; there is nothing to distil."""
         simple = (self.predict(batch).float() - batch.truth.float()).square().mean()
         return {"loss": simple, "simple": simple}
+
+
+def check_objective(backbone: Backbone, config: TrainConfig) -> None:
+    """Refuse what cannot be trained for a denoiser, before anything is computed.
+
+    Raises:
+        ConfigError: if samples cannot stop in it, or not in the way that is asked for.
+    """
+    if not backbone.exits:
+        raise ConfigError(f"Samples cannot stop early in a {backbone.class_name}, so there are no exits to train.")
+    if backbone.up_steps and config.objective != "deediff":
+        raise ConfigError(
+            f"Exit schedules are for transformers, and {backbone.class_name} is a UNet: objective='deediff' trains its "
+            f"exits; got {config.objective!r}."
+        )
+    if backbone.up_steps:
+        check_unet_heads(config.heads)
 
 
 def make_objective(denoiser: nn.Module, data: TrainingData, config: TrainConfig) -> Objective:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fastdiff
-from fastdiff.backbones import unwrap
+from fastdiff.backbones import unwrap, view
 from fastdiff.engine.record import DenoiserRecord
 from fastdiff.errors import ConfigError, FastDiffError, FastDiffNoEffectWarning
 from fastdiff.methods import Method
@@ -154,11 +154,14 @@ class Observer:
             images = self._call(indices)
         self._tell(1)
         run = self._pipe.fastdiff.last_run
-        record = next(record for record in run.denoisers.values() if record.calls)
+        name, record = next((name, record) for name, record in run.denoisers.items() if record.calls)
         if self._price is None:
             assert record.measure is not None
             costs = record.measure()
-            self._price = (np.append(0, np.cumsum(costs.macs)) + costs.fixed_macs) / costs.total_macs
+            outputs = view(getattr(self._pipe, name)).outputs
+            macs, always = costs.macs.copy(), costs.fixed_macs + costs.macs[outputs.start :].sum()
+            macs[outputs.start :] = 0
+            self._price = (np.append(0, np.cumsum(macs)) + always) / costs.total_macs
         return Observed(images, _depths(record, len(indices)), self._price, run.seconds)
 
     def _call(self, indices: range) -> np.ndarray:

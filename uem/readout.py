@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.backbones import view
+from fastdiff.backbones import Backbone, view
+from fastdiff.backbones.base import Step
 from fastdiff.engine.batching import TIMESTEP
 from fastdiff.engine.hooks import COMPUTE, Cell, InstalledHooks
 from fastdiff.engine.kept import repeated, transformed
 from fastdiff.errors import ConfigError
 from fastdiff.uem.modules import UncertaintyModules
+
+_END = -1
+"""Key of the hidden state that the output layers read, beside the exits' columns."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,18 @@ class ExitOutputs:
     """What one call found at the exits, and at the end.
 
     Args:
-        hidden: the hidden state that each exit's unit is about to read, shape ``(exits, batch, tokens, width)``.
+        hidden: the hidden state that each exit's unit is about to read, of shape ``(batch, tokens, width)``; in a UNet
+            ``(batch, channels, height, width)``.
         predictions: of each exit, through its head and the denoiser's own output layers, shape
             ``(exits, *sample.shape)``; variances that some denoisers predict besides are left off.
         full: the denoiser's own prediction, of the sample's shape.
         timesteps: shape ``(batch,)``.
-        read: the hidden states as the heads corrected them, of the shape of ``hidden``.
-        last: the hidden state that the denoiser's own output layers read, shape ``(batch, tokens, width)``.
+        read: what the heads made of the hidden states, shape ``(exits, *last.shape)``.
+        last: the hidden state that the denoiser's own output layers read, shape ``(batch, tokens, width)``; in a UNet
+            ``(batch, channels, height, width)``.
     """
 
-    hidden: torch.Tensor
+    hidden: list[torch.Tensor]
     predictions: torch.Tensor
     full: torch.Tensor
     timesteps: torch.Tensor
@@ -45,10 +51,11 @@ class ExitReadout:
     """Reads a denoiser's predictions at its exits, from entering the context to leaving it.
 
     The units run once, as they do in sampling. The hidden states that the exits see are then read by their heads and
-    all together by the denoiser's output layers, in a second call in which no unit runs. Differentiable.
+    all together by the denoiser's output layers: in a second call in which no unit runs, or, in a UNet, whose output
+    layers read nothing but that, in the same call. Differentiable.
 
     Args:
-        denoiser: a supported transformer, used directly and not through a pipeline.
+        denoiser: a supported transformer or UNet, used directly and not through a pipeline.
         modules: the exits and their heads.
 
     Raises:
@@ -79,41 +86,50 @@ class ExitReadout:
         Args:
             **arguments: of the denoiser's forward, by name; the noisy samples first.
         """
-        with self._watched() as seen:
-            full = self._call(arguments)
-        hidden = [seen[column] for column in self._columns]
-        read = [head(state) for head, state in zip(self._modules.exit_heads, hidden, strict=True)]
-        predictions = self._read_out(torch.cat(read), arguments, len(hidden)).unflatten(0, (len(hidden), -1))
-        last = seen[len(self._backbone.units)]
-        return ExitOutputs(torch.stack(hidden), predictions, full, _timesteps(arguments), torch.stack(read), last)
+        read_out = self._in_one_call if self._backbone.up_steps else self._in_two_calls
+        return read_out(arguments)
 
     def _call(self, arguments: Mapping[str, Any]) -> torch.Tensor:
         output: torch.Tensor = self._denoiser(**arguments, return_dict=False)[0]
         return output[:, : _sample(arguments).shape[1]]
 
-    @contextmanager
-    def _watched(self) -> Iterator[dict[int, torch.Tensor]]:
-        """Within the block, what the exits' units read is noted by their columns, and what the last one returns."""
-        seen: dict[int, torch.Tensor] = {}
-        with ExitStack() as handles:
-            for column in self._columns:
-                unit = self._backbone.units[column]
-                io = unit.io
-                if io is None:
-                    raise ConfigError(f"{unit.name} changes its input's shape, so that there is no exit before it.")
+    def _outputs(
+        self,
+        seen: dict[int, torch.Tensor],
+        full: torch.Tensor,
+        predictions: torch.Tensor,
+        read: list[torch.Tensor],
+        arguments: Mapping[str, Any],
+    ) -> ExitOutputs:
+        hidden = [seen[column] for column in self._columns]
+        return ExitOutputs(hidden, predictions, full, _timesteps(arguments), torch.stack(read), seen[_END])
 
-                def note(_: nn.Module, args: Any, kwargs: Any, column: int = column, io: Any = io) -> None:
-                    seen[column] = io.read(args, kwargs)[0]
+    def _in_two_calls(self, arguments: Mapping[str, Any]) -> ExitOutputs:
+        with _watched(self._backbone, self._columns) as seen:
+            full = self._call(arguments)
+        states = [seen[column] for column in self._columns]
+        read = [head(state) for head, state in zip(self._modules.exit_heads, states, strict=True)]
+        predictions = self._read_out(torch.cat(read), arguments, len(read)).unflatten(0, (len(read), -1))
+        return self._outputs(seen, full, predictions, read, arguments)
 
-                handle = unit.module.register_forward_pre_hook(note, with_kwargs=True)
-                handles.callback(handle.remove)
-            end = self._backbone.units[-1]
+    def _in_one_call(self, arguments: Mapping[str, Any]) -> ExitOutputs:
+        """A UNet's output layers take one sample like another: the exits join the batch right before them."""
+        last = self._backbone.up_steps[-1]
+        read: list[torch.Tensor] = []
 
-            def note_end(_: nn.Module, __: Any, output: Any) -> None:
-                seen[len(self._backbone.units)] = output if end.io is None else end.io.parse(output)[0]
+        def join(_: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+            first_skip = last.first_skip(args, kwargs)
+            pairs = zip(self._modules.exit_heads, self._columns, strict=True)
+            read.extend(head(seen[column], first_skip) for head, column in pairs)
+            return torch.cat([output, *read])
 
-            handles.callback(end.module.register_forward_hook(note_end).remove)
-            yield seen
+        with _watched(self._backbone, self._columns) as seen:
+            handle = last.module.register_forward_hook(join, with_kwargs=True)
+            try:
+                full, *predictions = self._call(arguments).chunk(1 + len(self._columns))
+            finally:
+                handle.remove()
+        return self._outputs(seen, full, torch.stack(predictions), read, arguments)
 
     def _read_out(self, hidden: torch.Tensor, arguments: Mapping[str, Any], times: int) -> torch.Tensor:
         """The output layers' predictions from hidden states of several calls with the same arguments."""
@@ -131,6 +147,28 @@ class ExitReadout:
             return self._call(together)
         finally:
             self._hooks.set_cells([COMPUTE] * len(cells))
+
+
+@contextmanager
+def _watched(backbone: Backbone, columns: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the block, what the exits' units read is noted by their columns, and what the last one returns."""
+    seen: dict[int, torch.Tensor] = {}
+    steps = {step.columns[0]: step for step in backbone.steps}
+    with ExitStack() as handles:
+        for column in columns:
+            step = steps[column]
+
+            def note(_: nn.Module, args: Any, kwargs: Any, column: int = column, step: Step = step) -> None:
+                seen[column] = step.io.read(args, kwargs)[0]
+
+            handles.callback(step.module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        end = backbone.steps[-1]
+
+        def note_end(_: nn.Module, __: Any, output: Any) -> None:
+            seen[_END] = end.io.parse(output)[0]
+
+        handles.callback(end.module.register_forward_hook(note_end).remove)
+        yield seen
 
 
 def _sample(arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -152,37 +190,52 @@ def make_modules(
     """New modules for a denoiser, whose sizes are seen in a call.
 
     Args:
-        denoiser: a supported transformer.
+        denoiser: a supported transformer or UNet.
         arguments: of its forward, by name; the noisy samples first.
         exits: names of the units before which a sample may stop; all by default.
         **settings: further ones of `UncertaintyModules`.
 
     Raises:
-        ConfigError: if an exit is no unit of it, or its tokens are no square patches of the sample.
+        ConfigError: if an exit is none of it, or an exit's tokens are no square patches of the prediction.
         UnsupportedBackboneError: if its units cannot be found.
     """
     backbone = view(denoiser)
-    exits = exits or [unit.name for unit in backbone.units[1:] if unit.traits.can_exit and unit.io is not None]
+    exits = list(exits or backbone.exits)
     if unknown := set(exits) - set(backbone.names):
         units = ", ".join(backbone.names)
         raise ConfigError(f"{backbone.class_name} has no unit {', '.join(sorted(unknown))}; its units are {units}.")
-    unit = backbone.units[backbone.names.index(exits[0])]
-    seen: list[torch.Tensor] = []
+    places = {backbone.names[step.columns[0]] for step in backbone.steps}
+    if not exits or not places.issuperset(exits):
+        found = ", ".join(backbone.exits) or "none"
+        raise ConfigError(f"{backbone.class_name} has no exit before {', '.join(exits) or 'any unit'}; it has {found}.")
+    columns = [backbone.names.index(name) for name in exits]
+    with torch.no_grad(), _watched(backbone, columns) as seen:
+        predicted: torch.Tensor = denoiser(**arguments, return_dict=False)[0]
+    predicted = predicted[:, : _sample(arguments).shape[1]]
+    states = [seen[column] for column in columns]
+    if backbone.up_steps:
+        sizes = _unet_sizes(predicted, states) | {"read_width": seen[_END].shape[1]}
+        settings = {"heads": "per_exit"} | settings
+    else:
+        sizes = _transformer_sizes(predicted, states[0], getattr(denoiser.config, "patch_size", None) or 1)
+    return UncertaintyModules(backbone.class_name, len(backbone.units), exits, **sizes, **settings)
 
-    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
-        assert unit.io is not None
-        seen.append(unit.io.read(args, kwargs)[0])
 
-    handle = unit.module.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            denoiser(**arguments, return_dict=False)
-    finally:
-        handle.remove()
-    sample, (_, tokens, width) = _sample(arguments), seen[0].shape
-    patch = getattr(denoiser.config, "patch_size", None) or 1
-    made_of = sample.shape[1] if sample.ndim == 3 else sample[0, 0].numel() // patch**2
-    outputs = sample[0].numel() // made_of
-    return UncertaintyModules(
-        backbone.class_name, len(backbone.units), list(exits), width, outputs, extra_tokens=tokens - made_of, **settings
-    )
+def _transformer_sizes(predicted: torch.Tensor, hidden: torch.Tensor, patch: int) -> dict[str, Any]:
+    _, tokens, width = hidden.shape
+    made_of = predicted.shape[1] if predicted.ndim == 3 else predicted[0, 0].numel() // patch**2
+    return {"width": width, "outputs": predicted[0].numel() // made_of, "extra_tokens": tokens - made_of}
+
+
+def _unet_sizes(predicted: torch.Tensor, states: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Every pixel of a hidden state is a token, which stands for as many of the prediction's as it covers."""
+    outputs = []
+    for state in states:
+        across = predicted.shape[-1] // state.shape[-1]
+        if predicted.shape[2:] != tuple(across * size for size in state.shape[2:]):
+            raise ConfigError(
+                f"A prediction of {tuple(predicted.shape[2:])} does not divide into the pixels of a hidden state of "
+                f"{tuple(state.shape[2:])}: take samples whose size is a multiple of more powers of two."
+            )
+        outputs.append(predicted.shape[1] * across**2)
+    return {"width": [state.shape[1] for state in states], "outputs": outputs}

@@ -23,7 +23,7 @@ from fastdiff.errors import ConfigError
 from fastdiff.output import OutputError
 from fastdiff.uem.config import TrainConfig
 from fastdiff.uem.files import digest, fingerprint, write_json
-from fastdiff.uem.objectives import ExitObjective, Objective, make_objective
+from fastdiff.uem.objectives import ExitObjective, Objective, check_objective, make_objective
 from fastdiff.uem.recording import denoiser_of
 from fastdiff.uem.sources import Share, prepare
 from fastdiff.uem.trainer import LOG, Trainer, read_log
@@ -54,7 +54,7 @@ def train(
     ``log.jsonl``, the checkpoint, and the training data unless that has a folder of its own.
 
     Args:
-        pipe: a diffusers pipeline with a supported transformer, not accelerated.
+        pipe: a diffusers pipeline with a supported transformer or UNet, not accelerated.
         config: how to train.
         out: folder for the results.
         requests: what the pipeline is asked for in its calls: lists or tensors with one value for each image, such as
@@ -85,7 +85,7 @@ def train(
     pipe.set_progress_bar_config(disable=True)
     pipe.to(accelerator.device)
     component, denoiser = denoiser_of(pipe)
-    view(denoiser)  # refuses what has no exits before it is sampled from
+    check_objective(view(denoiser), config)
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     data = prepare(pipe, config, Path(cache) if cache else out / "data", requests, arguments, share)
     objective = make_objective(denoiser, data, config)

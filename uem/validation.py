@@ -12,7 +12,7 @@ import torch
 
 from fastdiff.uem import losses
 from fastdiff.uem.data import Batch, TrainingData
-from fastdiff.uem.objectives import ExitObjective, Objective, ScheduleObjective
+from fastdiff.uem.objectives import ExitObjective, Objective, ScheduleObjective, mean_uncertainty
 
 BINS = 5
 FEWEST = 8
@@ -77,7 +77,7 @@ def _row(objective: Objective, batch: Batch) -> tuple[np.ndarray, np.ndarray, np
         found = objective.readout(**batch.arguments)
         predictions, target, scores = found.predictions, objective.target(found, batch), None
         if objective.config.objective == "deediff":
-            scores = objective.uncertainty(found).mean((2, 3)).T.cpu().numpy()
+            scores = mean_uncertainty(objective.uncertainty(found)).T.cpu().numpy()
     label = losses.error_label(predictions, target).flatten(2).mean(2)
     square = (predictions.float() - target.float()).square().flatten(2).mean(2)
     return label.T.cpu().numpy(), square.T.cpu().numpy(), scores

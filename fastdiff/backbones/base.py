@@ -139,6 +139,10 @@ class SkipSite:
             raise AttributeError(f"{type(module).__name__}.forward has no parameter {argument!r}")
         return cls(module, argument, names.index(argument), skips)
 
+    def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The skips among a call's arguments."""
+        return kwargs[self.argument] if self.argument in kwargs else args[self.position]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -168,6 +172,32 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A module that runs for the samples that have not stopped, and before which samples may stop on their own.
+
+    Args:
+        module: a block, or an up stage of a UNet.
+        io: where its streams are.
+        columns: the units that it runs.
+        fragile: whether the denoiser may write into what it returns.
+        carries: in the last of a UNet's up stages, where the first long skip is among its skips; None in any other.
+    """
+
+    module: nn.Module
+    io: BlockIO
+    columns: range
+    fragile: bool = False
+    carries: tuple[SkipSite, int] | None = None
+
+    def first_skip(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """The first long skip that the encoder made, of the resolution of the prediction."""
+        assert self.carries is not None
+        site, place = self.carries
+        skip: torch.Tensor = site.read(args, kwargs)[place]
+        return skip
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A denoiser as a sequence of units in execution order.
 
@@ -179,6 +209,8 @@ class Backbone:
             order in which they are made, then the bottleneck. Empty where there is no encoder and decoder.
         skip_sites: where the long skips are read, in execution order.
         stages: the modules between the denoiser and its units, as far as their outputs are known.
+        up_steps: the up stages of a UNet whose samples can stop on their own before any of them: each stage hands its
+            output to the next as it is, and the last one to output layers that read nothing else.
         is_control: whether it only prepares what another denoiser's encoder adds, as ControlNets do.
     """
 
@@ -188,6 +220,7 @@ class Backbone:
     encoded: tuple[str, ...] = ()
     skip_sites: tuple[SkipSite, ...] = ()
     stages: tuple[Stage, ...] = ()
+    up_steps: tuple[Step, ...] = ()
     is_control: bool = False
     names: tuple[str, ...] = field(init=False)
 
@@ -208,6 +241,30 @@ class Backbone:
     def segments(self) -> tuple[int, ...]:
         """Segment of each unit."""
         return tuple(unit.segment for unit in self.units)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What runs for the samples that have not stopped, in execution order; nothing where samples cannot stop."""
+        if self.up_steps:
+            return self.up_steps
+        steps = [
+            Step(unit.module, unit.io, range(column, column + 1), unit.fragile)
+            for column, unit in enumerate(self.units)
+            if unit.io is not None and unit.traits.same_shape
+        ]
+        return tuple(steps) if len(steps) == len(self.units) else ()
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """Names of the units before which samples may stop on their own."""
+        if self.up_steps:
+            return tuple(self.names[step.columns[0]] for step in self.up_steps)
+        return tuple(self.names[step.columns[0]] for step in self.steps[1:] if self.traits[step.columns[0]].can_exit)
+
+    @property
+    def outputs(self) -> range:
+        """The units behind the last step, which read what stopped samples left too: a UNet's output layers."""
+        return range(self.steps[-1].columns.stop if self.steps else len(self.units), len(self.units))
 
     @property
     def skips(self) -> int:

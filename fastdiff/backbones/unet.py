@@ -16,7 +16,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from fastdiff.backbones.base import Backbone, BlockIO, SkipSite, Stage, Unit
+from fastdiff.backbones.base import Backbone, BlockIO, SkipSite, Stage, Step, Unit
 from fastdiff.errors import UnsupportedBackboneError
 from fastdiff.plan import UnitTraits
 
@@ -48,6 +48,9 @@ LAYERED_MIDDLES = frozenset(
     )
 )
 """Bottlenecks, by class name: one resnet, then attention and a resnet in turn."""
+
+SAMPLES_STOP = frozenset(("UNet2DConditionModel", "UNet2DModel"))
+"""UNets, by class name, in which samples may stop on their own between up stages."""
 
 SKIPS_ARGUMENT = "res_hidden_states_tuple"
 BRANCHES = ("attn1", "attn2", "ff")
@@ -129,7 +132,10 @@ def unet_backbone(denoiser: nn.Module, level: str = "layer") -> Backbone:
             f"{type(denoiser).__name__} has stages, but not in a layout that fastdiff knows: {error}."
         ) from error
     encoded = () if level == "branch" else tuple(dict.fromkeys([*columns.skips, *columns.beside, _bottleneck(columns)]))
-    return Backbone(denoiser, tuple(columns.units), level, encoded, tuple(columns.sites), tuple(columns.stages))
+    up_steps = _up_steps(denoiser, columns)
+    return Backbone(
+        denoiser, tuple(columns.units), level, encoded, tuple(columns.sites), tuple(columns.stages), up_steps
+    )
 
 
 def control_backbone(module: nn.Module) -> Backbone:
@@ -160,6 +166,19 @@ def _bottleneck(columns: _Columns) -> str:
     names = [unit.name for unit in columns.units]
     first_up = next(index for index, unit in enumerate(columns.units) if unit.stage.startswith("up_"))
     return names[first_up - 1]
+
+
+def _up_steps(denoiser: Any, columns: _Columns) -> tuple[Step, ...]:
+    """The up stages, if samples can stop between them."""
+    if type(denoiser).__name__ not in SAMPLES_STOP or denoiser.config.get("time_embedding_type") == "fourier":
+        return ()  # with such an embedding the output is divided by the timesteps
+    sites = {site.module: site for site in columns.sites}
+    stages = [stage for stage in columns.stages if stage.module in sites]
+    if len(stages) < len(denoiser.up_blocks) or 0 not in sites[stages[-1].module].skips:
+        return ()
+    last = sites[stages[-1].module]
+    steps = [Step(stage.module, _HIDDEN.of(stage.module), stage.columns) for stage in stages]
+    return (*steps[:-1], replace(steps[-1], carries=(last, last.skips.index(0))))
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 MODEL = "zoo:glyphs-dit"
 
 PURPOSE = """\
-Train what `uncertainty-exit` decides by: for each exit of a transformer a small module that tells how far the
-prediction would be off there, and a small head that brings it closer. The model itself stays as it is unless
+Train what `uncertainty-exit` decides by: for each exit of a transformer or UNet a small module that tells how far
+the prediction would be off there, and a small head that brings it closer. The model itself stays as it is unless
 --train-backbone is given. No data set is needed: by default it learns from the calls that the pipeline makes of its
 denoiser. With the defaults, zoo:glyphs-dit takes three minutes on one CPU core. The same command goes on where an
 interrupted one stopped; `accelerate launch -m fastdiff.uem.train ...` shares the work between processes. The folder
@@ -152,7 +152,7 @@ def run(options: argparse.Namespace) -> None:
         pipe,
         config,
         options.out,
-        requests=_requests(given),
+        requests=_requests(given, pipe, config),
         arguments=parse_arguments(given.get("arguments", [])),
         cache=given.get("cache"),
     )
@@ -162,11 +162,18 @@ def run(options: argparse.Namespace) -> None:
     PartialState().destroy_process_group()
 
 
-def _requests(given: dict[str, Any]) -> dict[str, Any] | None:
+def _requests(given: dict[str, Any], pipe: DiffusionPipeline, config: TrainConfig) -> dict[str, Any] | None:
+    """What the pipeline is asked for; a shipped model that reads prompts, for all that it can be."""
     from fastdiff.eval.tasks import read_prompts
+    from fastdiff.uem.recording import call_parameters
 
     if "prompts" in given:
         return {"prompt": read_prompts(given["prompts"])}
+    if given["model"].startswith("zoo:") and config.data == "self" and "prompt" in call_parameters(pipe):
+        from fastdiff.uem.sources import SELF_SAMPLES
+        from fastdiff.zoo.captions import caption_sequence
+
+        return {"prompt": list(caption_sequence(config.samples or SELF_SAMPLES, config.seed)[0])}
     return {"class_labels": given["class_labels"]} if "class_labels" in given else None
 
 

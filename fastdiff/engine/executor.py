@@ -31,7 +31,7 @@ from fastdiff.engine.branches import Branch, BranchFinder
 from fastdiff.engine.cells import RowCells
 from fastdiff.engine.clock import Grid, StepClock
 from fastdiff.engine.exits import ExitRule, Exits, HandOver, copies_in
-from fastdiff.engine.hooks import Cell, InstalledHooks
+from fastdiff.engine.hooks import InstalledHooks
 from fastdiff.engine.kept import BranchState
 from fastdiff.engine.program import Batch, Program, lower
 from fastdiff.engine.record import Call, DenoiserRecord
@@ -217,7 +217,7 @@ class Executor:
             return
         if self._rule is not None and program.computes_all(row):
             self._exits = self._exits_of(self._rule, row, state, arguments)
-            self.hooks.set_cells([Cell(exits=self._exits, column=column) for column in range(len(self.hooks.hooks))])
+            self.hooks.set_exits(self._exits)
             self._scale_skips([row], arguments)
             return
         batch = program.batches.get(row)
@@ -316,9 +316,11 @@ class Executor:
     def _note_exits(self, exits: Exits) -> None:
         """Record what samples ran in the call that ended."""
         call, depths = self.record.calls[-1], exits.depths
+        outputs = len(self.backbone.outputs)
         ran = np.arange(len(call.actions)) < depths.max()
+        ran[len(ran) - outputs :] = True
         actions = tuple(np.where(ran, Action.COMPUTE, Action.EXIT).tolist())
-        self.record.calls[-1] = dataclasses.replace(call, actions=actions, depths=depths)
+        self.record.calls[-1] = dataclasses.replace(call, actions=actions, depths=depths, outputs=outputs)
         self._depths = depths if self._depths is None else self._depths
         self._exits = None
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdiff.backbones import Backbone, Unit
-from fastdiff.backbones.base import Streams
+from fastdiff.backbones import Backbone
+from fastdiff.backbones.base import Step, Streams
 from fastdiff.errors import StateError
 from fastdiff.kernels.steps import Steps
 
@@ -40,7 +40,7 @@ class ExitRule:
         scope: one decision for each sample, or for the batch by its mean, or for the batch once all are below.
         patience: times that an uncertainty must have been below.
         lookahead: units that run between a decision and its effect, while it is read back from the device; None for 1
-            on accelerators and 0 on the CPU.
+            between blocks on accelerators, and 0 between a UNet's stages and on the CPU.
         watch: told every uncertainty, also where the threshold is 0 and nobody can stop.
     """
 
@@ -59,13 +59,17 @@ class ExitRule:
 class HandOver:
     """For each unit whether its output reaches nothing but the next unit, unchanged: seen in calls, not assumed.
 
-    Where that is so, rows that stopped need not be put back into the batch between units.
+    Where that is so, rows that stopped need not be put back into the batch between units. Between a UNet's stages they
+    could not be, and the layouts of which that is known are the ones with such steps.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         read = {name for unit in backbone.units for name in unit.traits.reads}
         self._is_direct: list[bool | None] = [False if name in read else None for name in backbone.names]
-        self._is_direct[-1] = False
+        for step in backbone.up_steps:
+            self._is_direct[step.columns[-1]] = True
+        self._is_direct[backbone.outputs.start - 1] = False
+        self.is_fixed = bool(backbone.up_steps)
 
     def is_direct(self, column: int) -> bool:
         """Whether this is known of a unit."""
@@ -73,7 +77,7 @@ class HandOver:
 
     def learn(self, column: int, output: Streams, following: Streams) -> None:
         """Note what the next unit was given after a unit's output."""
-        if self._is_direct[column] is not False:
+        if not self.is_fixed and self._is_direct[column] is not False:
             self._is_direct[column] = _same(output, following)
 
 
@@ -83,7 +87,8 @@ class Exits:
     Args:
         rule: when they stop.
         row: the call's evaluation, counted as the rule's thresholds are.
-        heads: modules that turn the hidden state at an exit into one for the output layers, by column.
+        heads: modules that turn the hidden state at an exit into one for the output layers, by column; those of a
+            UNet are given the first long skip too.
         timestep: as the call gives it; a number, or a tensor of one value or of one for each row.
         copies: how often the samples are in the batch, one guidance branch after the other; they stop together.
         hand_over: what is known of the way from unit to unit.
@@ -109,13 +114,15 @@ class Exits:
         self._timestep = timestep
         self._copies = copies
         self._hand_over = hand_over
+        self._sets_aside = hand_over.is_fixed
         self._follows = depths
         self._steps = steps
         self._batch = 0
         self._active: list[int] = []  # samples that still run
         self._rows: torch.Tensor | None = None  # their rows in the batch; None for all
         self._compact: Streams = ()
-        self._last: Streams = ()  # what the unit before returned
+        self._last: Streams = ()  # what the step before returned
+        self._aside: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # of a UNet, column, rows and what they left
         self._taken: dict[int, tuple[Any, Any]] = {}
         self._times: torch.Tensor | None = None
         self._decisions: list[_Decision] = []
@@ -127,41 +134,43 @@ class Exits:
         """How many units each sample ran, int64 of shape ``(samples,)``."""
         return self._depths.copy()
 
-    # -- one unit after the other --------------------------------------------------------------------------------------
+    # -- one step after the other --------------------------------------------------------------------------------------
 
-    def run(self, column: int, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Run a unit for the samples that have not stopped."""
-        assert unit.io is not None
-        whole = unit.io.read(args, kwargs)
-        if column == 0:
-            self._begin(whole[0])
+    def run(self, step: Step, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run a step for the samples that have not stopped."""
+        column, end = step.columns[0], step.columns[-1]
+        whole = step.io.read(args, kwargs)
+        if not self._batch:
+            self._begin(whole[0], step)
         elif self._rows is None:
             self._hand_over.learn(column - 1, self._last, whole)
         compact = self._compact_of(column, whole)
         if leaving := self._leaving(column, compact[0]):
-            whole, compact = self._stop(column, leaving, whole, compact)
+            whole, compact = self._stop(step, leaving, whole, compact)
         if self._rows is None:
             output = forward(*args, **kwargs)
-            self._last = unit.io.parse(output)
+            self._last = step.io.parse(output)
             return output
         if self._active:
-            arguments = self._arguments(unit, compact, args, kwargs)
-            self._compact = unit.io.parse(forward(*arguments[0], **arguments[1]))
-            if not self._hand_over.is_direct(column):
+            arguments = self._arguments(step, compact, args, kwargs)
+            self._compact = step.io.parse(forward(*arguments[0], **arguments[1]))
+            if not (self._sets_aside or self._hand_over.is_direct(end)):
                 whole = self._put(whole, self._rows, self._compact)
-        elif unit.fragile:  # the denoiser may write into what it is handed back
+        elif step.fragile:  # the denoiser may write into what it is handed back
             whole = tuple(stream if stream is None else stream.clone() for stream in whole)
+        if step.carries is not None:
+            whole = (self._brought_together(step.first_skip(args, kwargs)),)
         self._last = whole
-        return unit.io.build(whole)
+        return step.io.build(whole)
 
-    def _begin(self, stream: torch.Tensor) -> None:
+    def _begin(self, stream: torch.Tensor, step: Step) -> None:
         self._batch = stream.shape[0]
         samples = self._batch // self._copies
         self._active = list(range(samples))
         self._depths = np.full(samples, self._thresholds.shape[0])
         self._passes = torch.zeros(samples, dtype=torch.int32, device=stream.device)
-        on_host = stream.device.type == "cpu"
-        self._lookahead = (0 if on_host else 1) if self._rule.lookahead is None else self._rule.lookahead
+        is_short = len(step.columns) == 1 and stream.device.type != "cpu"
+        self._lookahead = int(is_short) if self._rule.lookahead is None else self._rule.lookahead
 
     def _compact_of(self, column: int, whole: Streams) -> Streams:
         """The streams of the samples that still run."""
@@ -176,11 +185,10 @@ class Exits:
             )
         return self._compact
 
-    def _arguments(self, unit: Unit, compact: Streams, args: tuple[Any, ...], kwargs: Any) -> tuple[Any, Any]:
-        """A unit's arguments, cut to the samples that still run."""
-        assert unit.io is not None
-        positions = dict(zip(unit.io.positions, compact, strict=True))
-        named = dict(zip(unit.io.streams, compact, strict=True))
+    def _arguments(self, step: Step, compact: Streams, args: tuple[Any, ...], kwargs: Any) -> tuple[Any, Any]:
+        """A step's arguments, cut to the samples that still run."""
+        positions = dict(zip(step.io.positions, compact, strict=True))
+        named = dict(zip(step.io.streams, compact, strict=True))
         return (
             tuple(positions[index] if index in positions else self._take(value) for index, value in enumerate(args)),
             {name: named[name] if name in named else self._take(value) for name, value in kwargs.items()},
@@ -190,6 +198,8 @@ class Exits:
         """The active rows of whatever has one for each of the batch; the same value is cut once."""
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._take, value))
+        if isinstance(value, dict):
+            return {name: self._take(item) for name, item in value.items()}
         if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape[0] != self._batch:
             return value
         if id(value) not in self._taken:
@@ -245,24 +255,37 @@ class Exits:
                 self._times = timestep.reshape(-1)[:1].expand(hidden.shape[0])
         return self._times
 
-    def _stop(self, column: int, leaving: Sequence[int], whole: Streams, compact: Streams) -> tuple[Streams, Streams]:
-        """Put samples back that stop here, and go on with the others."""
-        device = compact[0].device
+    def _stop(self, step: Step, leaving: Sequence[int], whole: Streams, compact: Streams) -> tuple[Streams, Streams]:
+        """Put samples back that stop here, or aside where the others will change shape, and go on with these."""
+        column, device = step.columns[0], compact[0].device
         self._depths[list(leaving)] = column
         gone = set(leaving)
         stay = [place for place, sample in enumerate(self._active) if sample not in gone]
         leave = [place for place, sample in enumerate(self._active) if sample in gone]
         samples, before = self._batch // self._copies, len(self._active)
         stopped = tuple(self._rows_of(stream, leave, before) for stream in compact)
-        if (head := self._heads.get(column)) is not None:
-            stopped = (head(stopped[0]), *stopped[1:])
-        whole = self._put(whole, _every_copy(leaving, samples, self._copies, device), stopped)
+        rows = _every_copy(leaving, samples, self._copies, device)
+        if self._sets_aside:
+            self._aside.append((column, rows, stopped[0]))
+        else:
+            if (head := self._heads.get(column)) is not None:
+                stopped = (head(stopped[0]), *stopped[1:])
+            whole = self._put(whole, rows, stopped)
         compact = tuple(self._rows_of(stream, stay, before) for stream in compact)
         self._active = [self._active[place] for place in stay]
         self._rows = _every_copy(self._active, samples, self._copies, device)
         self._taken.clear()
         self._times = None
         return whole, compact
+
+    def _brought_together(self, first_skip: torch.Tensor) -> torch.Tensor:
+        """What output layers read: what the samples that never stopped left, and what heads make of the others."""
+        assert self._rows is not None
+        parts = [(self._rows, self._compact[0])] if self._active else []
+        for column, rows, hidden in self._aside:
+            parts.append((rows, self._heads[column](hidden, self._steps.gather(first_skip, rows))))
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        return self._steps.gather(torch.cat([part for _, part in parts]), order)
 
     def _rows_of(self, stream: Any, places: Sequence[int], samples: int) -> Any:
         if stream is None:

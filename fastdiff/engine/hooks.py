@@ -14,7 +14,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from fastdiff.backbones import Backbone, BlockIO, SkipSite, Unit
-from fastdiff.backbones.base import Stage, Streams
+from fastdiff.backbones.base import Stage, Step, Streams
 from fastdiff.engine.exits import Exits
 from fastdiff.engine.kept import Kept, Reuse, Shape, transformed
 from fastdiff.engine.program import Program
@@ -43,11 +43,10 @@ class Cell:
         rows: indices of the samples that the unit runs for, shape ``(active,)``; the others pass through.
         evaluations: number of evaluations that run as one batch.
         exits: decides which samples still run, in place of all the above.
-        column: the unit's place, which ``exits`` goes by.
+        step: what the unit is to ``exits``.
     """
 
     __slots__ = (
-        "column",
         "compute",
         "evaluations",
         "exits",
@@ -58,6 +57,7 @@ class Cell:
         "reuse",
         "rows",
         "shape",
+        "step",
     )
 
     def __init__(
@@ -68,7 +68,7 @@ class Cell:
         shape: Shape | None = None,
         evaluations: int = 1,
         exits: Exits | None = None,
-        column: int = 0,
+        step: Step | None = None,
     ) -> None:
         self.compute = compute
         self.opens: list[Kept | Reuse] = []
@@ -79,7 +79,7 @@ class Cell:
         self.rows = rows
         self.evaluations = evaluations
         self.exits = exits
-        self.column = column
+        self.step = step
         self.plain = False  # a compiler guards on this value, and would guard on the identity of a cell
 
 
@@ -108,7 +108,8 @@ class UnitHook(ModelHook):
         if cell.plain:
             return forward(*args, **kwargs)
         if cell.exits is not None:
-            return cell.exits.run(cell.column, self.unit, forward, args, kwargs)
+            assert cell.step is not None
+            return cell.exits.run(cell.step, forward, args, kwargs)
         if cell.rows is not None:
             assert self.io is not None
             return compute_rows(forward, self.io, cell.rows, args, kwargs)
@@ -200,7 +201,10 @@ class SkipHook(ModelHook):
 
 
 class StageHook(ModelHook):
-    """Answers for a stage of which no unit runs, so that nothing is put together that nobody reads."""
+    """Answers for a stage of which no unit runs, so that nothing is put together that nobody reads.
+
+    Runs an up stage for the samples that have not stopped, where they stop on their own.
+    """
 
     name = STAGE_HOOK_NAME
 
@@ -210,10 +214,14 @@ class StageHook(ModelHook):
         self.returned = {column: units[column] for column in sorted(stage.returned)}
         self.units = [units[column] for column in stage.columns]
         self.is_idle = False
+        self.exits: tuple[Exits, Step] | None = None
         self.wrapped: Callable[..., Any] | None = None
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the stage's forward."""
+        if self.exits is not None:
+            exits, step = self.exits
+            return exits.run(step, self.fn_ref.original_forward, args, kwargs)
         if not self.is_idle or kwargs.get(ADDED_IN_STAGE) is not None:
             return self.fn_ref.original_forward(*args, **kwargs)
         return self.stage.build({column: hook.output() for column, hook in self.returned.items()})
@@ -268,6 +276,7 @@ class InstalledHooks:
                 "Call its disable_cache() first."
             )
         self.backbone = backbone
+        self._steps = backbone.steps
         self.lowered: tuple[ComputePlan, Program] | None = None  # of the last sampling call
         self.hooks = [UnitHook(unit) for unit in backbone.units]
         self.skip_hooks = [SkipHook(site) for site in backbone.skip_sites]
@@ -287,6 +296,18 @@ class InstalledHooks:
             hook.cell = cell
         for stage in self.stage_hooks:
             stage.is_idle = all(hook.has_output for hook in stage.units)
+            stage.exits = None
+
+    def set_exits(self, exits: Exits) -> None:
+        """Run every unit in the coming evaluation, for the samples that have not stopped."""
+        if not self.backbone.up_steps:
+            self.set_cells([Cell(exits=exits, step=step) for step in self._steps])
+            return
+        self.set_cells([COMPUTE] * len(self.hooks))
+        steps = {step.module: step for step in self.backbone.up_steps}
+        for stage in self.stage_hooks:
+            step = steps.get(stage.stage.module)
+            stage.exits = None if step is None else (exits, step)
 
     def scale_skips(self, scales: Sequence[Scale] | None, control: Sequence[torch.Tensor] | None = None) -> None:
         """Tell by how much the long skips are scaled in the coming call.
@@ -300,10 +321,7 @@ class InstalledHooks:
 
     def compute_all(self) -> None:
         """Make every unit run as if there were no hook."""
-        for hook in self.hooks:
-            hook.cell = COMPUTE
-        for stage in self.stage_hooks:
-            stage.is_idle = False
+        self.set_cells([COMPUTE] * len(self.hooks))
         self.scale_skips(None)
 
     @property

@@ -24,20 +24,25 @@ class Call:
         evaluation: counted from 0, the noisiest.
         branch: the guidance branch.
         actions: of each unit; `Action.COMPUTE` if it ran for any sample.
-        depths: how many units each sample ran, int64 of shape ``(samples,)``, where samples stop on their own.
+        depths: how many units each sample ran, int64 of shape ``(samples,)``, where samples stop on their own; of those
+            that stopped, without the last ones.
+        outputs: number of last units, which run for every sample wherever it stopped.
     """
 
     evaluation: int
     branch: Branch
     actions: tuple[int, ...]
     depths: np.ndarray | None = field(default=None, compare=False)
+    outputs: int = field(default=0, compare=False)
 
     @property
     def shares(self) -> np.ndarray:
         """The share of the samples that each unit ran for, shape ``(units,)``."""
         if self.depths is None:
             return (np.array(self.actions) == Action.COMPUTE).astype(float)
-        return (np.arange(len(self.actions)) < self.depths[:, None]).mean(0)
+        shares: np.ndarray = (np.arange(len(self.actions)) < self.depths[:, None]).mean(0)
+        shares[len(shares) - self.outputs :] = 1
+        return shares
 
 
 @dataclass

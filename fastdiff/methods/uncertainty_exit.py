@@ -44,7 +44,7 @@ class UncertaintyExit(Method):
             released code does), or once all are (``"batch_all"``).
         patience: exits that must find an uncertainty below, not necessarily one after the other.
         lookahead: units that run between a decision and its effect while it is read back, so that an accelerator need
-            not wait; None for 1 there and 0 on the CPU.
+            not wait; None for 1 between blocks there, and 0 between a UNet's stages and on the CPU.
         exits: names of the units before which to decide; empty for all that the modules know.
 
     Raises:

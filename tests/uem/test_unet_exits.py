@@ -1,0 +1,537 @@
+"""Samples that stop between the up stages of a UNet: what exits read, what they learn, and what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastdiff
+from fastdiff import UncertaintyExit
+from fastdiff.backbones import view
+from fastdiff.cost import flop_counter
+from fastdiff.engine import sampling_run
+from fastdiff.engine.record import Call
+from fastdiff.errors import ConfigError, ProfileMismatchError
+from fastdiff.eval.tasks import make_task
+from fastdiff.methods import Method
+from fastdiff.plan import Action
+from fastdiff.uem import ExitReadout, UncertaintyModules, load_modules, losses, make_modules
+from fastdiff.uem.calibration import calibrate
+from fastdiff.uem.objectives import mean_uncertainty
+from fastdiff.uem.train import train
+from fastdiff.uem.validation import spearman
+from tiny.training import DRAWN_ANEW, small
+from tiny.unet_pipelines import UNET_PIPELINES
+from tiny.unets import TINY_UNETS
+
+pytestmark = pytest.mark.filterwarnings("ignore::fastdiff.errors.FastDiffNoEffectWarning")
+
+MODELS = (
+    "UNet2DConditionModel (SD)",
+    "UNet2DConditionModel (SDXL)",
+    "UNet2DModel (DDPM)",
+    "UNet2DModel (resnet sampling)",
+)
+EVERY_MODEL = pytest.mark.parametrize("model", MODELS)
+PIPELINES = pytest.mark.parametrize("name", ["StableDiffusionPipeline", "DDPMPipeline"])
+BATCH = 6
+
+
+def batch_of(model: str, batch: int = BATCH) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns a tiny UNet and arguments of one call."""
+    tiny = TINY_UNETS[model]
+    return tiny.build(), {**tiny.inputs(batch, 0), "timestep": torch.full((batch,), 500)}
+
+
+def rows(arguments: dict[str, Any], chosen: list[int], batch: int = BATCH) -> dict[str, Any]:
+    """Returns the arguments of some samples."""
+
+    def take(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: take(item) for name, item in value.items()}
+        return value[chosen] if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch else value
+
+    return take(arguments)  # type: ignore[no-any-return]
+
+
+def random_modules(denoiser: nn.Module, arguments: dict[str, Any], **settings: Any) -> UncertaintyModules:
+    """Returns modules that find samples to be of different certainty, and heads that correct."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        modules = make_modules(denoiser, arguments, **settings)
+        for module in modules.uncertainty:
+            nn.init.normal_(module.probe.weight, std=3.0)  # type: ignore[union-attr, arg-type]
+        for head in modules.exit_heads:
+            nn.init.normal_(head.up.weight, std=0.3)  # type: ignore[union-attr, arg-type]
+    return modules.eval()
+
+
+@torch.no_grad()
+def run(denoiser: nn.Module, method: Method, *calls: dict[str, Any]) -> tuple[list[torch.Tensor], list[Call]]:
+    """Makes calls of one evaluation; returns what they predicted and did."""
+    with sampling_run(denoiser, method, timesteps=torch.tensor([500.0])) as running:
+        outputs = [denoiser(**call, return_dict=False)[0] for call in calls]
+        running.tick()
+    return outputs, running.record.denoisers["denoiser"].calls
+
+
+def depths_of(calls: list[Call]) -> list[int]:
+    depths = calls[0].depths
+    assert depths is not None
+    return depths.tolist()
+
+
+def spread_out(denoiser: nn.Module, arguments: dict[str, Any]) -> UncertaintyExit:
+    """Returns a method under which a third of the samples would stop at each exit."""
+    modules = random_modules(denoiser, arguments)
+    found: dict[int, list[float]] = {}
+    watching = UncertaintyExit.of(modules).watched(lambda _, column, seen: found.update({column: seen.tolist()}))
+    run(denoiser, watching, arguments)
+    levels = [sorted(found[column]) for column in sorted(found)]
+    thresholds = tuple((level[len(level) // 3 - 1] + level[len(level) // 3]) / 2 for level in levels)
+    return UncertaintyExit.of(modules, threshold=0.5, bin_edges=(0,), thresholds=thresholds)
+
+
+@contextmanager
+def counted_rows(denoiser: nn.Module) -> Iterator[list[int]]:
+    """Counts the samples that every unit runs for."""
+    units = view(denoiser).units
+    counts = [0] * len(units)
+    handles = []
+    for index, unit in enumerate(units):
+
+        def count(_: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+            counts[index] += (args[0] if args else kwargs["hidden_states"]).shape[0]
+
+        handles.append(unit.module.register_forward_pre_hook(count, with_kwargs=True))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# -- predictions at exits ----------------------------------------------------------------------------------------------
+
+
+def ending_at(denoiser: Any, stage: int, head: nn.Module, arguments: dict[str, Any]) -> torch.Tensor:
+    """Returns what a UNet predicts when its output layers are given what a head makes of what a stage would read."""
+    seen: dict[str, torch.Tensor] = {}
+    stages = denoiser.up_blocks
+
+    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen["state"] = args[0] if args else kwargs["hidden_states"]
+
+    def replace(_: nn.Module, args: Any, kwargs: Any, __: Any) -> torch.Tensor:
+        skips = kwargs.get("res_hidden_states_tuple") or args[1]
+        made: torch.Tensor = head(seen["state"], skips[0])
+        return made
+
+    handles = [
+        stages[stage].register_forward_pre_hook(note, with_kwargs=True),
+        stages[-1].register_forward_hook(replace, with_kwargs=True),
+    ]
+    with torch.no_grad():
+        predicted: torch.Tensor = denoiser(**arguments, return_dict=False)[0]
+    for handle in handles:
+        handle.remove()
+    return predicted
+
+
+@EVERY_MODEL
+def test_predictions_are_those_of_a_head_in_front_of_the_output_layers(model: str) -> None:
+    denoiser, arguments = batch_of(model)
+    modules = random_modules(denoiser, arguments)
+    with torch.no_grad(), ExitReadout(denoiser, modules) as readout:
+        found = readout(**arguments)
+    with torch.no_grad():
+        torch.testing.assert_close(found.full, denoiser(**arguments, return_dict=False)[0], rtol=1e-4, atol=1e-5)
+    assert [name.partition(".resnets")[0] for name in modules.exits] == [
+        f"up_blocks.{stage}"
+        for stage in range(len(denoiser.up_blocks))  # type: ignore[arg-type]
+    ]
+    for stage, prediction in enumerate(found.predictions):
+        expected = ending_at(denoiser, stage, modules.exit_heads[stage], arguments)
+        torch.testing.assert_close(prediction, expected, rtol=1e-4, atol=1e-5)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in denoiser.modules())
+
+
+@EVERY_MODEL
+def test_a_pixel_of_an_exit_tells_of_all_that_it_covers(model: str) -> None:
+    denoiser, arguments = batch_of(model)
+    modules = make_modules(denoiser, arguments)
+    assert modules.config["heads"] == "per_exit"
+    with torch.no_grad(), ExitReadout(denoiser, modules) as readout:
+        found = readout(**arguments)
+    maps = [modules.maps(number, state, found.timesteps) for number, state in enumerate(found.hidden)]
+    labels = losses.token_labels(found.predictions, found.full, maps)
+    errors = losses.error_label(found.predictions, found.full)
+    for map_, label, error, state in zip(maps, labels, errors, found.hidden, strict=True):
+        assert map_.shape == label.shape
+        across = error.shape[-1] // state.shape[-1]
+        # The last token is the lower right corner.
+        torch.testing.assert_close(label[:, -1], error[..., -across:, -across:].flatten(1))
+    assert modules.score(0, found.hidden[0], found.timesteps).shape == (BATCH,)
+
+
+def test_a_bottleneck_with_as_many_pixels_as_the_image_has_lines() -> None:
+    errors, target = torch.rand(1, 1, 1, 16, 16), torch.zeros(1, 1, 16, 16)
+    (label,) = losses.token_labels(errors, target, [torch.zeros(1, 16, 16)])
+    torch.testing.assert_close(label[0, 1], errors[0, 0, 0, :4, 4:8].tanh().flatten())
+
+
+@pytest.mark.parametrize("heads", ["shared", "per_exit_norm"])
+def test_heads_that_a_unet_cannot_have(heads: str, tmp_path: Path) -> None:
+    denoiser, arguments = batch_of("UNet2DModel (DDPM)", 1)
+    with pytest.raises(ConfigError, match=r"heads='per_exit' is all that there is; got 'shared'|'per_exit_norm'"):
+        make_modules(denoiser, arguments, heads=heads)
+    pipe = UNET_PIPELINES["DDPMPipeline"].build()
+    with pytest.raises(ConfigError, match="heads='per_exit' is all"):
+        train(pipe, small(heads=heads), tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"objective": "heads"}, {"objective": "ase", "train_backbone": True}])
+def test_exit_schedules_are_not_for_unets(settings: dict[str, Any], tmp_path: Path) -> None:
+    pipe = UNET_PIPELINES["DDPMPipeline"].build()
+    with pytest.raises(ConfigError, match="UNet2DModel is a UNet: objective='deediff' trains its exits"):
+        train(pipe, small(**settings), tmp_path)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("model", ["UNet2DModel (FIR skip)", "UNet1DModel (audio)"])
+def test_other_unets_have_no_exits(model: str) -> None:
+    denoiser, arguments = batch_of(model, 1)
+    with pytest.raises(ConfigError, match="has no exit before any unit; it has none"):
+        make_modules(denoiser, arguments)
+
+
+def test_there_is_no_exit_in_the_middle_of_a_stage() -> None:
+    denoiser, arguments = batch_of("UNet2DModel (DDPM)", 1)
+    with pytest.raises(ConfigError, match=r"no exit before up_blocks.1.resnets.1; it has up_blocks.0.resnets.0, "):
+        make_modules(denoiser, arguments, ["up_blocks.1.resnets.1"])
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss", "reached"), [("uncertainty", {"modules"}), ("layerwise", {"stages", "output layers", "heads"})]
+)
+def test_whom_the_gradients_reach(loss: str, reached: set[str]) -> None:
+    denoiser, arguments = batch_of("UNet2DConditionModel (SD)")
+    modules = random_modules(denoiser, arguments)
+    with ExitReadout(denoiser, modules) as readout:
+        found = readout(**arguments)
+    target = torch.randn_like(found.full)
+    maps = [modules.maps(number, state, found.timesteps) for number, state in enumerate(found.hidden)]
+    if loss == "uncertainty":
+        losses.uncertainty_loss(maps, losses.token_labels(found.predictions, target, maps)).backward()
+    else:
+        losses.layerwise_loss(found.predictions, target, mean_uncertainty(maps)).backward()
+    parts = {
+        "stages": denoiser.down_blocks,
+        "output layers": denoiser.conv_out,
+        "heads": modules.exit_heads,
+        "modules": modules.uncertainty,
+    }
+    assert reached == {
+        name
+        for name, part in parts.items()
+        if any(own.grad is not None and bool(own.grad.any()) for own in part.parameters())  # type: ignore[union-attr]
+    }
+
+
+def test_modules_learn_which_exit_and_which_sample_is_wrong() -> None:
+    denoiser, arguments = batch_of("UNet2DModel (DDPM)", 24)
+    denoiser.requires_grad_(False)
+    torch.manual_seed(0)
+    modules = make_modules(denoiser, arguments).train()
+    optimizer = torch.optim.Adam(modules.parameters(), lr=0.02)
+    brightness = torch.linspace(0, 1, 24).roll(7)[:, None, None, None]
+    depth = torch.arange(4)[:, None, None, None, None]
+
+    def measured(seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """Brighter samples, and earlier exits, are given more that nobody can predict."""
+        noise, missed = torch.randn(2, 24, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        with ExitReadout(denoiser, modules) as readout:
+            found = readout(**{**arguments, "sample": noise + 4 * brightness - 2})
+        maps = [modules.maps(number, state, found.timesteps) for number, state in enumerate(found.hidden)]
+        layerwise = losses.layerwise_loss(found.predictions, found.full, mean_uncertainty(maps))
+        predictions = found.predictions + (brightness + (3 - depth) / 6) * missed
+        return maps, losses.token_labels(predictions, found.full, maps), layerwise
+
+    before = measured(1000)[2].item()
+    for step in range(40):
+        maps, labels, layerwise = measured(step)
+        optimizer.zero_grad()
+        (losses.uncertainty_loss(maps, labels) + layerwise).backward()
+        optimizer.step()
+    maps, labels, after = measured(1000)
+    assert after.item() < 0.5 * before
+    expected, true = mean_uncertainty(maps).detach().numpy(), mean_uncertainty(labels).numpy()
+    assert np.mean([spearman(*pair) for pair in zip(expected.T, true.T, strict=True)]) > 0.3
+    assert np.mean([spearman(*pair) for pair in zip(expected, true, strict=True)]) > 0.3
+
+
+@PIPELINES
+def test_a_training_for_a_pipeline(name: str, tmp_path: Path) -> None:
+    tiny = UNET_PIPELINES[name]
+    pipe: Any = tiny.build()
+    given = {key: value for key, value in tiny.inputs(batch=3).items() if key not in DRAWN_ANEW}
+    requests = {key: given.pop(key) for key in [key for key in given if "prompt" in key]}
+    given.pop("batch_size", None)
+    result = train(pipe, small(), tmp_path, requests=requests, arguments=given)
+    denoiser = pipe.unet
+    assert result["exits"] == list(view(denoiser).exits)
+    assert len(result["rmse"]) == len(denoiser.up_blocks)
+    assert {"layers", "samples"} <= result["rank_correlation"].keys()
+    assert load_modules(tmp_path).config["backbone"] == type(denoiser).__name__
+    assert np.isfinite(result["rmse"]).all()
+
+
+# -- samples that stop -------------------------------------------------------------------------------------------------
+
+
+def sample(pipe: Any, name: str, batch: int = 2) -> torch.Tensor:
+    """Returns the images of a call."""
+    images = pipe(**UNET_PIPELINES[name].inputs(batch=batch)).images
+    return torch.as_tensor(np.asarray(images))
+
+
+def pipeline(name: str) -> tuple[Any, UncertaintyModules]:
+    """Returns a tiny pipeline and modules for its UNet."""
+    pipe: Any = UNET_PIPELINES[name].build()
+    pipe.set_progress_bar_config(disable=True)
+    calls: list[dict[str, Any]] = []
+    handle = pipe.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append({**dict(zip(("sample", "timestep"), args, strict=False)), **kwargs}),
+        with_kwargs=True,
+    )
+    sample(pipe, name)
+    handle.remove()
+    call = {key: value for key, value in calls[0].items() if key != "return_dict"}
+    return pipe, random_modules(pipe.unet, call)
+
+
+@PIPELINES
+def test_a_threshold_of_0_is_the_untouched_pipeline(name: str) -> None:
+    pipe, modules = pipeline(name)
+    expected = sample(pipe, name)
+    asked: list[int] = []
+    for module in (*modules.uncertainty, *modules.exit_heads):
+        module.register_forward_hook(lambda *_: asked.append(1))
+    fastdiff.enable(pipe, UncertaintyExit.of(modules, threshold=0))
+    assert torch.equal(sample(pipe, name), expected)
+    assert pipe.fastdiff.last_run.denoisers["unet"].computed_share == 1
+    assert not asked
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_threshold_of_1_runs_nothing_behind_the_first_exit(model: str, first: int) -> None:
+    denoiser, arguments = batch_of(model)
+    modules = random_modules(denoiser, arguments)
+    method = UncertaintyExit.of(modules, threshold=1, exits=tuple(modules.exits[first:]))
+    with counted_rows(denoiser) as counts:
+        (prediction,), calls = run(denoiser, method, arguments)
+    backbone = view(denoiser)
+    stop = backbone.names.index(modules.exits[first])
+    outputs = len(backbone.outputs)
+    assert depths_of(calls) == [stop] * BATCH
+    assert counts == [BATCH] * stop + [0] * (len(counts) - stop - outputs) + [BATCH] * outputs
+    assert [action == Action.COMPUTE for action in calls[0].actions] == [count > 0 for count in counts]
+    expected = ending_at(denoiser, first, modules.exit_heads[first], arguments)
+    torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-5)
+
+
+@EVERY_MODEL
+def test_fewer_stages_run_at_a_higher_threshold(model: str) -> None:
+    denoiser, arguments = batch_of(model)
+    modules = spread_out(denoiser, arguments).modules()
+    seen = [
+        depths_of(run(denoiser, UncertaintyExit.of(modules, threshold=threshold), arguments)[1])
+        for threshold in [0.0, *np.linspace(0.3, 0.7, 15), 1.0]
+    ]
+    assert all((np.diff(np.array(seen), axis=0) <= 0).ravel())
+    assert len({tuple(depths) for depths in seen}) > 3
+
+
+@EVERY_MODEL
+def test_a_sample_does_not_depend_on_the_others(model: str) -> None:
+    denoiser, arguments = batch_of(model)
+    method = spread_out(denoiser, arguments)
+    (together,), calls = run(denoiser, method, arguments)
+    depths = depths_of(calls)
+    assert len(set(depths)) > 2
+    for chosen in ([5, 4, 3, 2, 1, 0], [0, 2, 5], [3], [1, 1, 4, 1]):
+        (others,), other_calls = run(denoiser, method, rows(arguments, chosen))
+        assert depths_of(other_calls) == [depths[index] for index in chosen]
+        torch.testing.assert_close(others, together[chosen], rtol=0, atol=1e-5)
+    units = view(denoiser).names
+    for index, depth in enumerate(depths):  # and is what its exit makes of it
+        alone = rows(arguments, [index])
+        with torch.no_grad():
+            if depth == len(units):
+                expected = denoiser(**alone, return_dict=False)[0]
+            else:
+                stage = method.modules().exits.index(units[depth])
+                expected = ending_at(denoiser, stage, method.modules().exit_heads[stage], alone)
+        torch.testing.assert_close(together[[index]], expected, rtol=0, atol=1e-5)
+
+
+@EVERY_MODEL
+def test_stages_run_for_the_samples_that_need_them_and_for_no_others(model: str) -> None:
+    denoiser, arguments = batch_of(model)
+    method = spread_out(denoiser, arguments)
+    with counted_rows(denoiser) as counts:
+        _, calls = run(denoiser, method, arguments)
+    depths, outputs = np.array(depths_of(calls)), view(denoiser).outputs
+    assert counts[: outputs.start] == [(depths > column).sum() for column in range(outputs.start)]
+    assert counts[outputs.start :] == [BATCH] * len(outputs)
+    assert np.array_equal(calls[0].shares, np.array(counts) / BATCH)
+
+
+def test_a_broken_stage_matters_to_those_who_run_it() -> None:
+    denoiser, arguments = batch_of("UNet2DConditionModel (SD)")
+    method = spread_out(denoiser, arguments)
+    (expected,), calls = run(denoiser, method, arguments)
+    depths = np.array(depths_of(calls))
+    column = int(np.unique(depths)[0])  # the first unit that not all samples run
+    for parameter in view(denoiser).units[column].module.parameters():
+        nn.init.constant_(parameter, float("nan"))
+    (broken,), _ = run(denoiser, method, arguments)
+    stopped = torch.from_numpy(depths <= column)
+    assert torch.equal(broken[stopped], expected[stopped])
+    assert broken[~stopped].isnan().flatten(1).any(1).all()
+
+
+def test_decisions_that_come_late_take_effect_at_the_next_stage() -> None:
+    denoiser, arguments = batch_of("UNet2DModel (DDPM)")
+    modules = random_modules(denoiser, arguments)
+    names = view(denoiser).names
+    for settings in ({"lookahead": 1}, {"patience": 2}):
+        _, calls = run(denoiser, UncertaintyExit.of(modules, threshold=1, **settings), arguments)
+        assert depths_of(calls) == [names.index(modules.exits[1])] * BATCH
+
+
+@pytest.mark.parametrize("scope", ["batch_mean", "batch_all"])
+def test_a_batch_that_decides_together_stops_together(scope: str) -> None:
+    denoiser, arguments = batch_of("UNet2DModel (DDPM)")
+    method = spread_out(denoiser, arguments)
+    together = method.changed(scope=scope)
+    (prediction,), calls = run(denoiser, together, arguments)
+    assert len(set(depths_of(calls))) == 1
+    assert prediction.shape == arguments["sample"].shape
+
+
+def test_copies_of_a_sample_in_one_batch_stop_together() -> None:
+    denoiser, arguments = batch_of("UNet2DConditionModel (SD)")
+    method = spread_out(denoiser, arguments)
+    pair = {**arguments, "sample": arguments["sample"][:3].repeat(2, 1, 1, 1)}
+    with counted_rows(denoiser) as counts:
+        _, calls = run(denoiser, method, pair)
+    depths, outputs = depths_of(calls), view(denoiser).outputs
+    assert len(depths) == 3
+    assert counts[: outputs.start] == [2 * sum(depth > c for depth in depths) for c in range(outputs.start)]
+    halves = [run(denoiser, method, rows(pair, [*range(start, start + 3)]))[1] for start in (0, 3)]
+    assert all(both >= max(each) for both, *each in zip(depths, *map(depths_of, halves), strict=True))
+
+
+def test_later_guidance_calls_follow_the_first() -> None:
+    denoiser, arguments = batch_of("UNet2DConditionModel (SD)")
+    method = spread_out(denoiser, arguments)
+    other = {**arguments, "encoder_hidden_states": arguments["encoder_hidden_states"].flip(0) * 3}
+    _, calls = run(denoiser, method, arguments, other)
+    assert len({call.branch for call in calls}) == 2
+    assert depths_of(calls[:1]) == depths_of(calls[1:])
+
+
+@PIPELINES
+def test_the_macs_of_the_record_are_those_that_were_spent(name: str) -> None:
+    pipe, modules = pipeline(name)
+    fastdiff.enable(pipe, UncertaintyExit.of(modules, threshold=0.5))
+    asking: list[float] = []  # what modules and heads cost is no part of the denoiser's price
+    for module in (*modules.uncertainty, *modules.exit_heads):
+        own = module.forward
+
+        def forward(*args: Any, own: Any = own) -> Any:
+            with flop_counter() as counter:
+                output = own(*args)
+            asking.append(counter.get_total_flops() / 2)
+            return output
+
+        module.forward = forward  # type: ignore[method-assign]
+    spent: list[float] = []
+
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        with flop_counter() as counter:
+            output = type(pipe.unet).forward(pipe.unet, *args, **kwargs)
+        spent.append(counter.get_total_flops() / 2)
+        return output
+
+    pipe.unet.forward = whole
+    sample(pipe, name, batch=3)
+    del pipe.unet.forward
+    record = pipe.fastdiff.last_run.denoisers["unet"]
+    assert record.macs_share < 1
+    assert record.macs == pytest.approx(sum(spent) - sum(asking), rel=0.01)
+
+
+def test_two_calls_agree_and_nothing_is_left() -> None:
+    pipe, modules = pipeline("StableDiffusionPipeline")
+    plain = sample(pipe, "StableDiffusionPipeline", batch=3)
+    fastdiff.enable(pipe, UncertaintyExit.of(modules, threshold=0.5))
+    first = sample(pipe, "StableDiffusionPipeline", batch=3)
+    sample(pipe, "StableDiffusionPipeline", batch=2)
+    assert torch.equal(sample(pipe, "StableDiffusionPipeline", batch=3), first)
+    assert not torch.equal(first, plain)
+    fastdiff.disable(pipe)
+    assert torch.equal(sample(pipe, "StableDiffusionPipeline", batch=3), plain)
+
+
+@pytest.mark.parametrize("budget", [0.7, 1.0])
+def test_calibration_meets_a_budget(budget: float) -> None:
+    pipe, modules = pipeline("DDPMPipeline")
+    method = UncertaintyExit.of(modules)
+    settings: dict[str, Any] = {"num_samples": 6, "batch_size": 3, "num_inference_steps": 6, "bins": 2}
+    task = make_task(pipe)
+    found = calibrate(pipe, method, budget, task=task, **settings, tolerance=0.04, progress=False)
+    assert found.share == pytest.approx(budget, abs=0.04)
+    assert found.watched.errors.shape == (6, len(modules.exits), 6)
+    fastdiff.enable(pipe, found.method)
+    shares = []
+    for start in (0, 3):
+        pipe(**task.arguments(range(start, start + 3)), num_inference_steps=6)
+        shares.append(pipe.fastdiff.last_run.denoisers["unet"].macs_share)
+    assert np.mean(shares) == pytest.approx(found.share, abs=1e-6)
+
+
+def test_exits_of_a_unet_are_not_frozen() -> None:
+    pipe, modules = pipeline("DDPMPipeline")
+    with pytest.raises(ConfigError, match="cannot stop between the stages of a UNet2DModel"):
+        calibrate(pipe, UncertaintyExit.of(modules), 0.8, task=make_task(pipe), frozen=True, progress=False)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_modules_are_saved_and_belong_to_their_unet(tmp_path: Path) -> None:
+    denoiser, arguments = batch_of("UNet2DModel (DDPM)")
+    modules = random_modules(denoiser, arguments)
+    modules.save_pretrained(tmp_path)
+    loaded = load_modules(tmp_path)
+    (expected,), _ = run(denoiser, UncertaintyExit.of(modules, threshold=0.5), arguments)
+    (again,), _ = run(denoiser, UncertaintyExit(weights=str(tmp_path), threshold=0.5), arguments)
+    assert torch.equal(again, expected)
+    other, inputs = batch_of("UNet2DModel (resnet sampling)")
+    with pytest.raises(ProfileMismatchError, match=r"for UNet2DModel of \d+ units, this denoiser is UNet2DModel of"):
+        ExitReadout(other, loaded)
+    with pytest.raises(ProfileMismatchError):
+        run(other, UncertaintyExit.of(loaded, threshold=0.5), inputs)
