@@ -255,6 +255,11 @@ class Executor:
             return f"the pipeline reads what {self._observed} sees in every call"
         if torch.is_grad_enabled() and getattr(_sample(arguments), "requires_grad", False):
             return "the pipeline takes gradients through the call"
+        if self._rule is not None and self.backbone.up_steps:
+            if self._mixing:
+                return f"{self._mixing} may mix the samples of a batch, which then cannot stop one by one"
+            if self._skip_scales is not None and not self._skip_scales.scales_control and control_of(arguments):
+                return "samples do not stop where skips are scaled without what ControlNets add to them"
         if row in state.answers:
             return "" if self._is_at(row, arguments) else "another timestep than the prediction was made for"
         if not all(state.holds(key) for reading in self._program.readings[row] for key in reading.sources):

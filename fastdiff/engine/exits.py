@@ -154,7 +154,9 @@ class Exits:
         if self._active:
             arguments = self._arguments(step, compact, args, kwargs)
             self._compact = step.io.parse(forward(*arguments[0], **arguments[1]))
-            if not (self._sets_aside or self._hand_over.is_direct(end)):
+            if self._sets_aside:
+                self._taken.clear()  # long skips, which nobody reads again
+            elif not self._hand_over.is_direct(end):
                 whole = self._put(whole, self._rows, self._compact)
         elif step.fragile:  # the denoiser may write into what it is handed back
             whole = tuple(stream if stream is None else stream.clone() for stream in whole)

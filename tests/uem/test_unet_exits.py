@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fastdiff
-from fastdiff import UncertaintyExit
+from fastdiff import SkipTuning, UncertaintyExit
 from fastdiff.backbones import view
 from fastdiff.cost import flop_counter
 from fastdiff.engine import sampling_run
@@ -419,6 +419,55 @@ def test_decisions_that_come_late_take_effect_at_the_next_stage() -> None:
     for settings in ({"lookahead": 1}, {"patience": 2}):
         _, calls = run(denoiser, UncertaintyExit.of(modules, threshold=1, **settings), arguments)
         assert depths_of(calls) == [names.index(modules.exits[1])] * BATCH
+
+
+def controlled(denoiser: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments with what a ControlNet would add."""
+    skips: list[torch.Tensor] = []
+    middle: list[torch.Tensor] = []
+    handles = [denoiser.mid_block.register_forward_hook(lambda _, __, output: middle.append(output))]
+    for stage in denoiser.up_blocks:
+
+        def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+            skips[:0] = kwargs["res_hidden_states_tuple"]
+
+        handles.append(stage.register_forward_pre_hook(note, with_kwargs=True))
+    with torch.no_grad():
+        denoiser(**arguments)
+    for handle in handles:
+        handle.remove()
+    draw = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(part.shape, generator=draw) for part in (*skips, *middle)]
+    names = ("down_block_additional_residuals", "mid_block_additional_residual")
+    return {**arguments, **dict(zip(names, (drawn[:-1], drawn[-1]), strict=True))}
+
+
+def test_what_a_controlnet_adds_is_cut_with_its_samples() -> None:
+    denoiser, plain = batch_of("UNet2DConditionModel (SD)")
+    arguments = controlled(denoiser, plain)
+    method = spread_out(denoiser, arguments)
+    (together,), calls = run(denoiser, method, arguments)
+    assert len(set(depths_of(calls))) > 2
+    for index in range(BATCH):
+        alone = rows(arguments, [index])
+        alone["down_block_additional_residuals"] = [
+            part[[index]] for part in arguments["down_block_additional_residuals"]
+        ]
+        (expected,), _ = run(denoiser, method, alone)
+        torch.testing.assert_close(together[[index]], expected, rtol=0, atol=1e-5)
+
+
+def test_samples_go_on_where_that_cannot_be_cut() -> None:
+    denoiser, plain = batch_of("UNet2DConditionModel (SD)")
+    arguments = controlled(denoiser, plain)
+    method, tune = spread_out(denoiser, arguments), SkipTuning(rho=0.5, exclude_control=True)
+    (expected,), _ = run(denoiser, tune, arguments)
+    with torch.no_grad(), sampling_run(denoiser, [tune, method], timesteps=torch.tensor([500.0])) as running:
+        found = denoiser(**arguments, return_dict=False)[0]
+        running.tick()
+    record = running.record.denoisers["denoiser"]
+    assert torch.equal(found, expected)
+    assert any("ControlNets" in reason for reason in record.fallbacks)
 
 
 @pytest.mark.parametrize("scope", ["batch_mean", "batch_all"])
