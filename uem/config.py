@@ -38,7 +38,8 @@ class TrainConfig:
         heads: ``"shared"``, ``"per_exit_norm"`` or ``"per_exit"``, as in `UncertaintyModules`.
         rank: channels of the corrections of ``"per_exit"``.
         timestep_aware: whether the modules know the timestep.
-        ual: ``"detached"``, ``"paper"`` or ``"official"``: weights of `losses.layerwise_loss`.
+        ual: ``"detached"``, ``"paper"``, ``"official"`` or ``"stopping"``: weights of `losses.layerwise_loss`.
+        largest_threshold: of ``"stopping"``: thresholds above this are not to be used.
         uncertainty_weight: weight of the uncertainty loss.
         layerwise_weight: weight of the layer-wise loss.
         distillation: weight of the feature loss, between the exits' corrected hidden states and the last one.
@@ -80,6 +81,7 @@ class TrainConfig:
     rank: int = 32
     timestep_aware: bool = True
     ual: str = "detached"
+    largest_threshold: float = 0.25
     uncertainty_weight: float = 1.0
     layerwise_weight: float = 1.0
     distillation: float = 0.0
@@ -132,6 +134,8 @@ class TrainConfig:
             value = getattr(self, name)
             _check(math.isfinite(value) and value >= 0, f"{name} is a number from 0", self, name)
         _check(type(self.seed) is int and 0 <= self.seed < 2**31, "seed is a whole number from 0 to 2^31", self, "seed")
+        is_threshold = 0 < self.largest_threshold <= 1
+        _check(is_threshold, "largest_threshold lies in (0, 1]", self, "largest_threshold")
         _check(0 <= self.ema_decay < 1, "ema_decay lies in [0, 1)", self, "ema_decay")
         _check(self.warmup_steps >= 0, "warmup_steps count from 0", self, "warmup_steps")
         _check(self.samples is None or self.samples > 0, "samples is a whole number from 1, or None", self, "samples")

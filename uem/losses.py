@@ -9,7 +9,7 @@ import torch
 
 from fastdiff.errors import ConfigError
 
-UAL = ("detached", "paper", "official")
+UAL = ("detached", "paper", "official", "stopping")
 """How the layer-wise loss weighs its exits, see `layerwise_loss`."""
 
 
@@ -82,7 +82,11 @@ def uncertainty_loss(
 
 
 def layerwise_loss(
-    predictions: torch.Tensor, target: torch.Tensor, uncertainty: torch.Tensor, mode: str = "detached"
+    predictions: torch.Tensor,
+    target: torch.Tensor,
+    uncertainty: torch.Tensor,
+    mode: str = "detached",
+    largest_threshold: float = 1.0,
 ) -> torch.Tensor:
     """Errors of all exits, those weighing more that are certain (the uncertainty-aware layer-wise loss).
 
@@ -93,7 +97,9 @@ def layerwise_loss(
         mode: ``"detached"``: weights ``1 - u`` of each sample, which add up to one and pass no gradient on, so that no
             module learns to be uncertain of what is hard. ``"paper"``: weights ``1 - u`` as they are, added up over the
             exits. ``"official"``: as the released code has it, weights of the batch's mean certainty, which add up to
-            one; they let the gradient through to the modules, and couple the samples.
+            one; they let the gradient through to the modules, and couple the samples. ``"stopping"``: how often a
+            sample would stop there (`stopping_weights`), without gradient, so that what is used is what is learned.
+        largest_threshold: of ``"stopping"``.
 
     Raises:
         ConfigError: for another mode.
@@ -107,8 +113,28 @@ def layerwise_loss(
     if mode == "official":
         mean = certainty.mean(1)
         return ((mean / mean.sum())[:, None] * errors).sum(0).mean()
-    weights = certainty.detach()
-    return (weights / weights.sum(0) * errors).sum(0).mean()
+    if mode == "stopping":
+        weights = stopping_weights(uncertainty.detach(), largest_threshold)
+    else:
+        weights = certainty.detach() / certainty.detach().sum(0)
+    return (weights * errors).sum(0).mean()
+
+
+def stopping_weights(uncertainty: torch.Tensor, largest_threshold: float) -> torch.Tensor:
+    """How often each sample stops at each exit, under a threshold drawn evenly from 0 to the largest.
+
+    It stops at the first exit below the threshold: at exits below all earlier ones only, as often as they are so.
+
+    Args:
+        uncertainty: of each exit and sample, shape ``(exits, batch)``.
+        largest_threshold: in (0, 1].
+
+    Returns:
+        Shares of the same shape; what a sample's lack to 1 goes through to the end.
+    """
+    least = uncertainty.clamp(max=largest_threshold).cummin(0).values
+    before = torch.cat([torch.full_like(least[:1], largest_threshold), least[:-1]])
+    return (before - least) / largest_threshold
 
 
 def feature_loss(hidden: torch.Tensor, full: torch.Tensor) -> torch.Tensor:

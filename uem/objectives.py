@@ -102,7 +102,9 @@ class ExitObjective(Objective):
             parts["uncertainty"] = config.uncertainty_weight * losses.uncertainty_loss(maps, labels)
             if found.predictions.requires_grad:  # there is nothing to learn for shared heads of a frozen denoiser
                 uncertainty = mean_uncertainty(maps)
-                layerwise = losses.layerwise_loss(found.predictions, target, uncertainty, config.ual)
+                layerwise = losses.layerwise_loss(
+                    found.predictions, target, uncertainty, config.ual, config.largest_threshold
+                )
                 parts["layerwise"] = config.layerwise_weight * layerwise
         else:
             errors = (found.predictions.float() - target).square().mean()

@@ -45,6 +45,7 @@ LEARNED: dict[str, _Option] = {
     "--rank": ("N", int, "channels of each head's correction (default: 32)"),
     "--uncertainty-weight": ("X", float, "of the uncertainty loss (default: 1)"),
     "--layerwise-weight": ("X", float, "of the exits' own errors (default: 1)"),
+    "--largest-threshold": ("U", float, "that is to be used after --ual stopping (default: 0.25)"),
     "--distillation": ("X", float, "weight of the exits' distance from the last hidden state (default: 0)"),
     "--distillation-stop": ("STEP", int, "no such loss from this step on (default: never)"),
     "--schedule": ("SPEC", str, "exit schedule of --objective ase (default: exit-schedule:preset=ase-demo)"),
@@ -79,7 +80,7 @@ CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
         ("shared", "per_exit_norm", "per_exit"),
         "who reads an exit: the model's own output layers, after a norm or a correction of its own (default: per_exit)",
     ),
-    "--ual": (("detached", "paper", "official"), "weights of the exits' own errors (default: detached)"),
+    "--ual": (("detached", "paper", "official", "stopping"), "weights of the exits' own errors (default: detached)"),
     "--mixed-precision": (("no", "bf16", "fp16"), "of the computation (default: no)"),
 }
 

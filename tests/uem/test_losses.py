@@ -143,7 +143,9 @@ def test_the_uncertainty_loss_trains_the_modules_alone(model: str) -> None:
     }
 
 
-@pytest.mark.parametrize(("mode", "reaches"), [("detached", False), ("paper", True), ("official", True)])
+@pytest.mark.parametrize(
+    ("mode", "reaches"), [("detached", False), ("paper", True), ("official", True), ("stopping", False)]
+)
 @pytest.mark.parametrize("model", ["DiTTransformer2DModel", "UViT"])
 def test_the_layerwise_loss_reaches_the_modules_only_where_its_weights_do(model: str, mode: str, reaches: bool) -> None:
     assert gradients(model, "layerwise", mode) == {
@@ -193,13 +195,26 @@ def test_layerwise_weights() -> None:
     # Certainties 0.5, 1, 0.5 of the first sample and 0.1, 0.8, 0.1 of the second; both add up to more than one.
     assert values["detached"].item() == pytest.approx(((2 + 1) / 2 + (0.1 + 7.2) / 1) / 2)
     assert values["paper"].item() == pytest.approx(((2 + 1) + (0.1 + 7.2)) / 2)
+    # Of thresholds from 0 to 1, those above 0.5 stop the first sample at once, and all others at the second exit.
+    assert values["stopping"].item() == pytest.approx((0.5 * 4 + 0.5 * 1 + 0.1 * 1 + 0.7 * 9) / 2)
     assert values["official"].item() == pytest.approx((0.3 * (4 + 1) + 0.9 * (1 + 9)) / 1.5 / 2)
+
+
+@pytest.mark.parametrize("largest", [0.3, 0.8, 1.0])
+def test_stopping_weights_are_how_often_thresholds_stop_there(largest: float) -> None:
+    uncertainty = torch.rand(5, 40, generator=torch.Generator().manual_seed(0))
+    thresholds = (torch.arange(20_000) + 0.5) / 20_000 * largest
+    below = uncertainty[..., None] < thresholds
+    stops = below & (below.cumsum(0) == 1)
+    weights = losses.stopping_weights(uncertainty, largest)
+    torch.testing.assert_close(weights, stops.float().mean(2), atol=1e-3, rtol=0)
+    assert (weights.sum(0) <= 1 + 1e-6).all()
 
 
 def test_the_detached_loss_does_not_couple_samples() -> None:
     torch.manual_seed(0)
     predictions, target, uncertainty = torch.randn(3, 2, 4), torch.randn(2, 4), torch.rand(3, 2)
-    for mode, couples in (("detached", False), ("official", True)):
+    for mode, couples in (("detached", False), ("stopping", False), ("official", True)):
         whole = losses.layerwise_loss(predictions, target, uncertainty, mode)
         alone = [
             losses.layerwise_loss(predictions[:, [i]], target[[i]], uncertainty[:, [i]], mode).item() for i in (0, 1)
@@ -208,7 +223,7 @@ def test_the_detached_loss_does_not_couple_samples() -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ConfigError, match="ual is one of 'detached', 'paper', 'official'; got 'none'"):
+    with pytest.raises(ConfigError, match="ual is one of 'detached', 'paper', 'official', 'stopping'; got 'none'"):
         losses.layerwise_loss(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1), "none")
 
 
