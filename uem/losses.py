@@ -97,8 +97,9 @@ def layerwise_loss(
         mode: ``"detached"``: weights ``1 - u`` of each sample, which add up to one and pass no gradient on, so that no
             module learns to be uncertain of what is hard. ``"paper"``: weights ``1 - u`` as they are, added up over the
             exits. ``"official"``: as the released code has it, weights of the batch's mean certainty, which add up to
-            one; they let the gradient through to the modules, and couple the samples. ``"stopping"``: how often a
-            sample would stop there (`stopping_weights`), without gradient, so that what is used is what is learned.
+            one; they let the gradient through to the modules, and couple the samples. ``"stopping"``: half of
+            all weight evenly, half as often as a sample would stop there (`stopping_weights`), without gradient, so
+            that what is used is what is learned.
         largest_threshold: of ``"stopping"``.
 
     Raises:
@@ -114,7 +115,8 @@ def layerwise_loss(
         mean = certainty.mean(1)
         return ((mean / mean.sum())[:, None] * errors).sum(0).mean()
     if mode == "stopping":
-        weights = stopping_weights(uncertainty.detach(), largest_threshold)
+        stopping = stopping_weights(uncertainty.detach(), largest_threshold)
+        weights = (stopping + 1 / len(stopping)) / 2  # an exit that learned nothing would never be stopped at
     else:
         weights = certainty.detach() / certainty.detach().sum(0)
     return (weights * errors).sum(0).mean()
