@@ -1,7 +1,8 @@
 """Small trained models that ship with fastdiff, so that everything can be tried and measured offline.
 
 `path` gives the folder of a model; pipelines are plain diffusers folders that `DiffusionPipeline.from_pretrained` loads
-without fastdiff. How they were made and how well they do is in ``docs/zoo.md``.
+without fastdiff, but for the U-ViTs, which `fastdiff.models.UViTPipeline` loads. How they were made and how well they
+do is in ``docs/zoo.md``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ _MODELS = {
     "glyphs-dit": "class-conditional latent DiT of digits and capital letters, 14 blocks",
     "glyphs-dit-ase": "the same, fine-tuned to exit early under the schedule 'ase-demo'",
     "glyphs-dit-uem": "the same, fine-tuned with uncertainty modules and exit heads, which are in its folder uem",
+    "glyphs-uvit": "class-conditional latent U-ViT of digits and capital letters, 13 blocks with long skips",
+    "glyphs-uvit-ase": "the same, fine-tuned to exit early under the schedule 'ase-demo'",
+    "glyphs-uvit-uem": "the same, fine-tuned with uncertainty modules and exit heads, which are in its folder uem",
     "glyphs-sd": "text-to-image StableDiffusionPipeline of digits and capital letters in two colours",
     "glyphs-ddpm": "unconditional DDPMPipeline of digits on pixels",
     "glyphs-cnn": "reads character, font and colours of a glyph image; its features serve for distances",

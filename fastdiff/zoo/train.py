@@ -291,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     dit = add("dit", _dit, "train the denoiser", 16_000)
     ase = add("ase", _ase, "fine-tune the denoiser to exit early under the schedule ase-demo", 5000)
     uvit = add("uvit", _uvit, "train the denoiser with long skips", 16_000)
-    add("uvit-ase", _uvit_ase, "fine-tune the denoiser with long skips under the schedule ase-demo", 5000)
+    add("uvit-ase", _uvit_ase, "fine-tune the denoiser with long skips under the schedule ase-demo", 3000)
     add("sd", _sd, "train the text-to-image UNet with its text encoder", 10_500, 64)
     add("ddpm", _ddpm, "train the unconditional UNet", 30_000, 32)
     for command in (dit, ase, uvit):

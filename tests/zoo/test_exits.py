@@ -17,7 +17,7 @@ from fastdiff.uem.validation import spearman
 from fastdiff.zoo import check, data
 from fastdiff.zoo.training import encode
 
-MODELS = {"glyphs-dit": "glyphs-dit-uem"}
+MODELS = {"glyphs-dit": "glyphs-dit-uem", "glyphs-uvit": "glyphs-uvit-uem"}
 """Models as they are, and their copies that were fine-tuned with exits."""
 EVERY_MODEL = pytest.mark.parametrize("name", [*MODELS, *MODELS.values()])
 TIMESTEPS = (150, 450, 750)
@@ -107,7 +107,7 @@ def test_exits_that_the_denoiser_learned_with_are_nearer_to_the_truth(plain: See
     half = untaught.shape[1] // 2
     assert (taught[:, :half].mean((1, 2)) < untaught[:, :half].mean((1, 2))).all()
     full = (tuned.full - tuned.noise).abs().mean()
-    assert taught[:, half].mean() < 1.25 * full
+    assert taught[:, half].mean() < 1.5 * full < untaught[:, half].mean()
 
 
 def test_the_full_depth_lost_little_by_it(plain: Seen, tuned: Seen) -> None:

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from safetensors import safe_open
 
-from fastdiff import zoo
+from fastdiff import FastDiffPipeline, zoo
 from fastdiff.errors import FastDiffError
 from fastdiff.methods import ExitSchedule
 from fastdiff.zoo import check, data
@@ -31,6 +31,7 @@ from fastdiff.zoo.training import encode
 from fastdiff.zoo.training_dit import denoiser_predictor, forward_at_depths
 
 PIPELINES = ("glyphs-dit", "glyphs-dit-ase", "glyphs-dit-uem")
+UVITS = ("glyphs-uvit", "glyphs-uvit-ase", "glyphs-uvit-uem")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def _exit_early(pipe: DiTPipeline) -> None:
 
 class TestNames:
     def test_every_name_has_a_folder_with_and_without_prefix(self) -> None:
-        assert set(zoo.names()) == {*PIPELINES, "glyphs-sd", "glyphs-ddpm", "glyphs-cnn"}
+        assert set(zoo.names()) == {*PIPELINES, *UVITS, "glyphs-sd", "glyphs-ddpm", "glyphs-cnn"}
         for name in zoo.names():
             assert (zoo.path(name)).is_dir()
             assert zoo.path(f"zoo:{name}") == zoo.path(name)
@@ -210,6 +211,16 @@ def test_other_schedulers_draw_readable_characters(reader: GlyphReader, schedule
     images = check.sample(pipe, classes, num_inference_steps=20, seed=77)
     # Chance is 1 in 36; few steps of an ancestral sampler are noisier than DDIM's.
     assert check.share_read(reader, images, classes) >= 0.7
+
+
+@pytest.mark.parametrize("name", UVITS)
+def test_the_u_vits_draw_readable_characters(reader: GlyphReader, name: str) -> None:
+    schedule = ASE_SCHEDULE if name.endswith("ase") else []
+    pipe = FastDiffPipeline.from_pretrained(f"zoo:{name}", methods=schedule)
+    pipe.set_progress_bar_config(disable=True)
+    classes = check.class_sequence(2)
+    images = check.sample(pipe, classes, num_inference_steps=12, seed=1000)
+    assert check.share_read(reader, images, classes) > 56 / 72  # as above
 
 
 def test_early_exit_copy_is_readable_under_its_schedule(reader: GlyphReader) -> None:
