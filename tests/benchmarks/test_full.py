@@ -31,4 +31,6 @@ def test_settings_name_what_there_is(file: Path) -> None:
     ways = parse_ways(specs, evaluation.num_inference_steps, units=len(view(denoiser).units))
     assert len(ways) >= len(specs)
     if evaluation.rounds:
-        assert {"feature-inheritance", "preset", "encoder-propagation"} <= {way.group for way in ways}
+        exits = {"saved", "uncertainty-exit + plan", "exit-schedule", "layer-skipping"}
+        every = {"feature-inheritance", "preset", "encoder-propagation"}
+        assert (exits if file.stem.endswith("-exits") else every) <= {way.group for way in ways}
