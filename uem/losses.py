@@ -13,12 +13,11 @@ UAL = ("detached", "paper", "official", "stopping")
 """How the layer-wise loss weighs its exits, see `layerwise_loss`."""
 
 
-def per_token(values: torch.Tensor, tokens: int) -> torch.Tensor:
-    """A map of the prediction's shape, sorted by the tokens that make it.
+def patches(values: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A map of the prediction's shape, sorted by the tokens that make it: square patches, row by row.
 
     Args:
-        values: shape ``(..., channels, height, width)``, of which square patches are a token each, row by row; or
-            ``(..., tokens, channels)``, which stays as it is.
+        values: shape ``(..., channels, height, width)``.
         tokens: number of tokens.
 
     Returns:
@@ -27,18 +26,14 @@ def per_token(values: torch.Tensor, tokens: int) -> torch.Tensor:
     Raises:
         ConfigError: if the map does not consist of so many square patches.
     """
-    return values if values.shape[-2] == tokens else _patches(values, tokens)
-
-
-def _patches(values: torch.Tensor, tokens: int) -> torch.Tensor:
     height, width = values.shape[-2:]
     patch = math.isqrt(height * width // tokens) if tokens else 0
     if not patch or (height // patch) * (width // patch) != tokens or height % patch or width % patch:
         raise ConfigError(f"A map of {height} x {width} does not consist of {tokens} square patches.")
-    patches = values.unflatten(-1, (width // patch, patch)).unflatten(-3, (height // patch, patch))
+    split = values.unflatten(-1, (width // patch, patch)).unflatten(-3, (height // patch, patch))
     # (..., channels, rows, patch, columns, patch) to (..., rows, columns, channels, patch, patch)
-    *lead, channels, rows, down, columns, across = range(patches.ndim)
-    return patches.permute(*lead, rows, columns, channels, down, across).flatten(-5, -4).flatten(-3)
+    *lead, channels, rows, down, columns, across = range(split.ndim)
+    return split.permute(*lead, rows, columns, channels, down, across).flatten(-5, -4).flatten(-3)
 
 
 def error_label(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -65,7 +60,7 @@ def token_labels(predictions: torch.Tensor, target: torch.Tensor, maps: Sequence
     errors = error_label(predictions, target)
     if target.ndim == 3:
         return list(errors)
-    return [_patches(error, map_.shape[1]) for error, map_ in zip(errors, maps, strict=True)]
+    return [patches(error, map_.shape[1]) for error, map_ in zip(errors, maps, strict=True)]
 
 
 def uncertainty_loss(

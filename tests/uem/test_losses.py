@@ -83,10 +83,11 @@ def test_a_module_tells_of_every_number_that_a_token_stands_for(model: str) -> N
     with torch.no_grad(), ExitReadout(denoiser, modules) as readout:
         found = readout(**arguments)
     sample = next(iter(arguments.values()))
-    for number, state in enumerate(found.hidden):
-        map_ = modules.maps(number, state, found.timesteps)
+    maps = [modules.maps(number, state, found.timesteps) for number, state in enumerate(found.hidden)]
+    labels = losses.token_labels(found.predictions, found.full, maps)
+    for number, (state, map_, label) in enumerate(zip(found.hidden, maps, labels, strict=True)):
         assert map_.numel() == sample.numel()
-        assert map_.shape == losses.per_token(sample, map_.shape[1]).shape
+        assert map_.shape == label.shape
         assert ((map_ > 0) & (map_ < 1)).all()
         assert modules.score(number, state, found.timesteps).shape == (BATCH,)
 
@@ -116,7 +117,7 @@ def gradients(model: str, loss: str, mode: str = "detached") -> dict[str, bool]:
     target = torch.randn_like(found.full)
     maps = torch.stack([modules.maps(i, state, found.timesteps) for i, state in enumerate(found.hidden)])
     if loss == "uncertainty":
-        labels = losses.per_token(losses.error_label(found.predictions, target), maps.shape[2])
+        labels = losses.token_labels(found.predictions, target, [*maps])
         losses.uncertainty_loss(maps, labels).backward()
     else:
         losses.layerwise_loss(found.predictions, target, maps.mean((2, 3)), mode).backward()
@@ -171,20 +172,19 @@ def test_a_label_is_0_where_nothing_is_wrong_and_1_where_all_is() -> None:
 
 def test_tokens_are_patches_row_by_row() -> None:
     image = torch.arange(2 * 4 * 6.0).reshape(1, 2, 4, 6)
-    tokens = losses.per_token(image, 6)
+    tokens = losses.patches(image, 6)
     assert tokens.shape == (1, 6, 8)
     assert tokens[0, 0].tolist() == [0, 1, 6, 7, 24, 25, 30, 31]
     assert tokens[0, 1, :2].tolist() == [2, 3]
     assert tokens[0, 3, :2].tolist() == [12, 13]
-    assert torch.equal(losses.per_token(tokens, 6), tokens)
-    stacked = losses.per_token(torch.stack([image, image + 1]), 6)
+    stacked = losses.patches(torch.stack([image, image + 1]), 6)
     assert torch.equal(stacked[1], tokens + 1)
 
 
 @pytest.mark.parametrize("tokens", [0, 5, 7, 48])
 def test_a_map_that_does_not_consist_of_patches_is_refused(tokens: int) -> None:
     with pytest.raises(ConfigError, match=f"4 x 6 does not consist of {tokens} square patches"):
-        losses.per_token(torch.zeros(1, 2, 4, 6), tokens)
+        losses.patches(torch.zeros(1, 2, 4, 6), tokens)
 
 
 def test_layerwise_weights() -> None:
