@@ -42,6 +42,11 @@ class TrainConfig:
         largest_threshold: of ``"stopping"``: thresholds above this are not to be used.
         uncertainty_weight: weight of the uncertainty loss.
         layerwise_weight: weight of the layer-wise loss.
+        snr_gamma: for given images, cap of min-SNR weights (arXiv 2303.09556; 5 is usual): a row counts by the error of
+            the image that its prediction makes, in units of its noise up to this cap; None for errors of the prediction
+            that count alike.
+        unconditional: share of the rows that are of the unconditional guidance branch; None for as many as the
+            pipeline's calls have, which is half of them.
         distillation: weight of the feature loss, between the exits' corrected hidden states and the last one.
         distillation_stop: step from which on there is no feature loss; None for never.
         schedule: exit schedule of ``"ase"``, as ``NAME:field=value,...``.
@@ -84,6 +89,8 @@ class TrainConfig:
     largest_threshold: float = 0.25
     uncertainty_weight: float = 1.0
     layerwise_weight: float = 1.0
+    snr_gamma: float | None = None
+    unconditional: float | None = None
     distillation: float = 0.0
     distillation_stop: int | None = None
     schedule: str = "exit-schedule:preset=ase-demo"
@@ -136,12 +143,18 @@ class TrainConfig:
         _check(type(self.seed) is int and 0 <= self.seed < 2**31, "seed is a whole number from 0 to 2^31", self, "seed")
         is_threshold = 0 < self.largest_threshold <= 1
         _check(is_threshold, "largest_threshold lies in (0, 1]", self, "largest_threshold")
+        is_share = self.unconditional is None or 0 <= self.unconditional <= 1
+        _check(is_share, "unconditional lies in [0, 1], or is None", self, "unconditional")
+        is_cap = self.snr_gamma is None or (math.isfinite(self.snr_gamma) and self.snr_gamma > 0)
+        _check(is_cap, "snr_gamma is a number above 0, or None", self, "snr_gamma")
         _check(0 <= self.ema_decay < 1, "ema_decay lies in [0, 1)", self, "ema_decay")
         _check(self.warmup_steps >= 0, "warmup_steps count from 0", self, "warmup_steps")
         _check(self.samples is None or self.samples > 0, "samples is a whole number from 1, or None", self, "samples")
         self._check_together()
 
     def _check_together(self) -> None:
+        if self.snr_gamma is not None and self.data == "self":
+            raise ConfigError("snr_gamma weighs noise that is added to images, and data='self' adds none; give data.")
         if self.target == "truth" and self.data == "self":
             raise ConfigError(
                 "target='truth' needs images to know it; data='self' has the denoiser's own predictions. Give data or "

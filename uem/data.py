@@ -37,11 +37,13 @@ class Batch:
         truth: what should be predicted, of the samples' shape: by what the images and the noise were, or what the
             denoiser predicted when its call was recorded.
         timesteps: in training units, float32 of shape ``(batch,)``.
+        weights: how much each row's error counts, float32 of shape ``(batch,)``; None for all alike.
     """
 
     arguments: dict[str, Any]
     truth: torch.Tensor
     timesteps: torch.Tensor
+    weights: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
@@ -50,7 +52,8 @@ class Batch:
         arguments = {
             name: transformed(lambda tensor: tensor.to(device), value) for name, value in self.arguments.items()
         }
-        return Batch(arguments, self.truth.to(device), self.timesteps.to(device))
+        weights = None if self.weights is None else self.weights.to(device)
+        return Batch(arguments, self.truth.to(device), self.timesteps.to(device), weights)
 
 
 @dataclass(frozen=True)
@@ -202,18 +205,77 @@ def load_tables(path: Path) -> tuple[list[Table], int]:
     return tables, metadata["skipped"]
 
 
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows of one guidance branch in a table, each drawn as often as ``weight`` says."""
+
+    table: Table
+    first: int
+    count: int
+    weight: float
+
+    @property
+    def total(self) -> float:
+        return self.weight * self.count * self.table.evaluations
+
+    def place(self, share: float) -> tuple[Table, int, int]:
+        """The row at a share in [0, 1) of all: table, evaluation and row."""
+        count = self.count * self.table.evaluations
+        evaluation, row = divmod(min(count - 1, int(share * count)), self.count)
+        return self.table, evaluation, self.first + row
+
+
+def _branch_weights(tables: Sequence[Table], unconditional: float | None) -> dict[int, float]:
+    """How often each row of a guidance branch is drawn, compared with others."""
+    counts: dict[int, int] = {}
+    for table in tables:
+        for row in range(table.rows):
+            counts[table.group(row)] = counts.get(table.group(row), 0) + table.evaluations
+    if unconditional is None:
+        return dict.fromkeys(counts, 1.0)
+    alike = [branch for branch in counts if _is_asked_for_one_thing(tables, branch)]
+    if len(counts) < 2 or len(alike) != 1:
+        raise ConfigError(
+            f"unconditional={unconditional:g} needs guidance with one branch that is asked for the same in all images; "
+            f"here {len(alike)} of {len(counts)} branches are. Give a guidance_scale above 1 and images of different "
+            "classes or prompts, or leave it out."
+        )
+    others = sum(counts.values()) - counts[alike[0]]
+    return {
+        branch: unconditional / count if branch in alike else (1 - unconditional) / others
+        for branch, count in counts.items()
+    }
+
+
+def _is_asked_for_one_thing(tables: Sequence[Table], branch: int) -> bool:
+    """Whether all rows of a guidance branch are conditioned alike."""
+    first: dict[str, torch.Tensor] = {}
+    for table in tables:
+        rows = [row for row in range(table.rows) if table.group(row) == branch]
+        for name in set(table.constant) - {next(iter(table.structure))} if rows else ():
+            values = table.own[name][rows[0] : rows[-1] + 1]
+            if not torch.equal(values, first.setdefault(name, values[:1]).expand_as(values)):
+                return False
+    return True
+
+
 class TrainingData:
     """Rows to train and to validate on.
 
     Args:
         calls: the tables of each pipeline call.
         noising: how clean samples are noised; None where samples are noisy.
+        unconditional: share of the rows drawn that are to be of the unconditional guidance branch; None for as many as
+            there are.
 
     Raises:
         TrainingDataError: with fewer than two calls, of which one is held out.
+        ConfigError: if there is a share, and it cannot be told which branch is unconditional.
     """
 
-    def __init__(self, calls: Sequence[Sequence[Table]], noising: Noising | None) -> None:
+    def __init__(
+        self, calls: Sequence[Sequence[Table]], noising: Noising | None, unconditional: float | None = None
+    ) -> None:
         if len(calls) < 2:
             raise TrainingDataError(
                 f"There is {len(calls)} batch of images; at least two are needed, of which one is held out to validate "
@@ -222,18 +284,18 @@ class TrainingData:
         held_out = max(1, round(HELD_OUT * len(calls)))
         self.noising = noising
         self._held_out = [table for tables in calls[-held_out:] for table in tables]
-        self._kinds: dict[str, list[Table]] = {}
-        for tables in calls[:-held_out]:
-            for table in tables:
-                self._kinds.setdefault(table.kind(), []).append(table)
+        learned = [table for tables in calls[:-held_out] for table in tables]
+        weights = _branch_weights(learned, unconditional)
+        self._kinds: dict[str, list[_Rows]] = {}
+        for table in learned:
+            for first in range(0, table.rows, table.images):
+                rows = _Rows(table, first, min(table.images, table.rows - first), weights[table.group(first)])
+                self._kinds.setdefault(table.kind(), []).append(rows)
 
     @property
     def rows(self) -> int:
         """Number of different rows to train on."""
-        return sum(self._sizes())
-
-    def _sizes(self) -> list[int]:
-        return [sum(table.rows * table.evaluations for table in tables) for tables in self._kinds.values()]
+        return sum(rows.count * rows.table.evaluations for kind in self._kinds.values() for rows in kind)
 
     def example(self) -> Batch:
         """Two rows, to see shapes with."""
@@ -242,16 +304,16 @@ class TrainingData:
 
     def draw(self, generator: torch.Generator, size: int) -> Drawn:
         """Draw rows that can be one batch."""
-        sizes = self._sizes()
-        kind = int(torch.multinomial(torch.tensor(sizes, dtype=torch.float64), 1, generator=generator))
-        tables = list(self._kinds.values())[kind]
-        ends = torch.tensor([table.rows * table.evaluations for table in tables]).cumsum(0)
-        chosen = torch.randint(sizes[kind], (size,), generator=generator)
-        places = []
-        for place, number in zip(chosen.tolist(), torch.searchsorted(ends, chosen, right=True).tolist(), strict=True):
-            table = tables[number]
-            within = place - (int(ends[number - 1]) if number else 0)
-            places.append((table, *divmod(within, table.rows)))
+        kinds = list(self._kinds.values())
+        weights = [torch.tensor([rows.total for rows in kind], dtype=torch.float64) for kind in kinds]
+        kind = int(torch.multinomial(torch.stack([part.sum() for part in weights]), 1, generator=generator))
+        ends = weights[kind].cumsum(0)
+        chosen = torch.rand(size, generator=generator, dtype=torch.float64) * ends[-1]
+        numbers = torch.searchsorted(ends, chosen, right=True).clamp(max=len(ends) - 1)
+        shares = 1 - (ends[numbers] - chosen) / weights[kind][numbers]
+        places = [
+            kinds[kind][number].place(share) for number, share in zip(numbers.tolist(), shares.tolist(), strict=True)
+        ]
         return self._noised(places, generator)
 
     def _noised(self, places: Sequence[tuple[Table, int, int]], generator: torch.Generator) -> Drawn:
@@ -303,18 +365,17 @@ class TrainingData:
         tensors: dict[str, torch.Tensor] = dict(first.shared)
         for name in first.own:
             tensors[name] = torch.stack([table.value(name, *place) for table, *place in drawn.places])
-        sample = next(iter(first.structure))
-        if self.noising is not None:
-            assert drawn.noise is not None
-            assert drawn.levels is not None
-            noised = self.noising(tensors[sample], drawn.noise, drawn.levels)
-            tensors[sample], truth, timesteps = noised.sample, noised.truth, noised.timesteps
-            tensors[noised.argument] = noised.given.to(tensors[noised.argument].dtype)
-        else:
+        if self.noising is None:
             values = [table.predictions[place[0], place[1]] for table, *place in drawn.places]  # type: ignore[index]
-            truth = torch.stack(values)
             timesteps = torch.tensor([table.timesteps[evaluation] for table, evaluation, _ in drawn.places])
-        return Batch(restored(first.structure, tensors), truth, timesteps)
+            return Batch(restored(first.structure, tensors), torch.stack(values), timesteps)
+        assert drawn.noise is not None
+        assert drawn.levels is not None
+        sample = next(iter(first.structure))
+        noised = self.noising(tensors[sample], drawn.noise, drawn.levels)
+        tensors[sample] = noised.sample
+        tensors[noised.argument] = noised.given.to(tensors[noised.argument].dtype)
+        return Batch(restored(first.structure, tensors), noised.truth, noised.timesteps, noised.weights)
 
 
 def chosen(requests: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:

@@ -63,6 +63,21 @@ def token_labels(predictions: torch.Tensor, target: torch.Tensor, maps: Sequence
     return [patches(error, map_.shape[1]) for error, map_ in zip(errors, maps, strict=True)]
 
 
+def row_errors(predictions: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error of each row, times its weight.
+
+    Args:
+        predictions: shape ``(batch, ...)``, or of several exits ``(exits, batch, ...)``.
+        target: what is right, shape ``(batch, ...)``.
+        weights: of the rows, shape ``(batch,)``; None for all alike.
+
+    Returns:
+        float32 of shape ``(batch,)`` or ``(exits, batch)``.
+    """
+    errors = (predictions.float() - target.float()).square().flatten(1 - target.ndim).mean(-1)
+    return errors if weights is None else errors * weights
+
+
 def uncertainty_loss(
     maps: torch.Tensor | Sequence[torch.Tensor], labels: torch.Tensor | Sequence[torch.Tensor]
 ) -> torch.Tensor:
@@ -82,6 +97,7 @@ def layerwise_loss(
     uncertainty: torch.Tensor,
     mode: str = "detached",
     largest_threshold: float = 1.0,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Errors of all exits, those weighing more that are certain (the uncertainty-aware layer-wise loss).
 
@@ -96,13 +112,14 @@ def layerwise_loss(
             all weight evenly, half as often as a sample would stop there (`stopping_weights`), without gradient, so
             that what is used is what is learned.
         largest_threshold: of ``"stopping"``.
+        weights: how much each row's errors count, shape ``(batch,)``; None for all alike.
 
     Raises:
         ConfigError: for another mode.
     """
     if mode not in UAL:
         raise ConfigError(f"ual is one of {', '.join(map(repr, UAL))}; got {mode!r}.")
-    errors = (predictions.float() - target.float()).square().flatten(2).mean(2)
+    errors = row_errors(predictions, target, weights)
     certainty = 1 - uncertainty
     if mode == "paper":
         return (certainty * errors).sum(0).mean()
@@ -111,10 +128,10 @@ def layerwise_loss(
         return ((mean / mean.sum())[:, None] * errors).sum(0).mean()
     if mode == "stopping":
         stopping = stopping_weights(uncertainty.detach(), largest_threshold)
-        weights = (stopping + 1 / len(stopping)) / 2  # an exit that learned nothing would never be stopped at
+        shares = (stopping + 1 / len(stopping)) / 2  # an exit that learned nothing would never be stopped at
     else:
-        weights = certainty.detach() / certainty.detach().sum(0)
-    return (weights * errors).sum(0).mean()
+        shares = certainty.detach() / certainty.detach().sum(0)
+    return (shares * errors).sum(0).mean()
 
 
 def stopping_weights(uncertainty: torch.Tensor, largest_threshold: float) -> torch.Tensor:

@@ -26,6 +26,7 @@ class Noised:
         timesteps: in training units, float32 of shape ``(batch,)``.
         given: the timesteps as the denoiser takes them, same shape.
         argument: its name for them.
+        weights: how much each sample's error counts, float32 of shape ``(batch,)``; None for all alike.
     """
 
     sample: torch.Tensor
@@ -33,6 +34,7 @@ class Noised:
     timesteps: torch.Tensor
     given: torch.Tensor
     argument: str
+    weights: torch.Tensor | None = None
 
 
 class Noising:
@@ -41,12 +43,14 @@ class Noising:
     Args:
         scheduler: the pipeline's.
         call: one of its denoiser's calls, which shows how the timestep is given.
+        snr_gamma: largest signal-to-noise ratio that errors of the clean sample count by (min-SNR weights, arXiv
+            2303.09556, section 3.4); None for errors of the prediction that count alike.
 
     Raises:
         ConfigError: if it cannot be told what should be predicted.
     """
 
-    def __init__(self, scheduler: Any, call: Call) -> None:
+    def __init__(self, scheduler: Any, call: Call, snr_gamma: float | None = None) -> None:
         config: Mapping[str, Any] = scheduler.config
         steps = int(config.get("num_train_timesteps", 1000))
         self._is_flow = bool(config.get("use_flow_sigmas")) or (
@@ -60,6 +64,7 @@ class Noising:
             self._scheduler = DDPMScheduler.from_config(config)
         else:
             raise ConfigError(f"How {type(scheduler).__name__} adds noise in training is not known. {USE_SELF}")
+        self._snr_gamma = snr_gamma
         self.timesteps = self._scheduler.timesteps.float()
         self.argument = timestep_name(call.arguments) or ""
         self._divisor = _divisor(call, self.argument, steps)
@@ -91,7 +96,23 @@ class Noising:
                 truth = self._scheduler.get_velocity(clean, noise, timesteps)
             else:
                 truth = noise if self._prediction == "epsilon" else clean
-        return Noised(sample, truth, timesteps.float(), timesteps / self._divisor, self.argument)
+        given = timesteps / self._divisor
+        return Noised(sample, truth, timesteps.float(), given, self.argument, self._weights(levels))
+
+    def _weights(self, levels: torch.Tensor) -> torch.Tensor | None:
+        if self._snr_gamma is None:
+            return None
+        if self._is_flow:
+            noise = self._scheduler.sigmas[levels] ** 2
+            signal = (1 - self._scheduler.sigmas[levels]) ** 2
+        else:
+            signal = self._scheduler.alphas_cumprod[self._scheduler.timesteps[levels]]
+            noise = 1 - signal
+        capped = (signal / noise).clamp(max=self._snr_gamma)
+        # How the clean sample's squared error follows from the prediction's.
+        if self._prediction == "epsilon":
+            return (self._snr_gamma * noise / signal).clamp(max=1)
+        return (capped if self._prediction == "sample" else capped * noise).float()
 
 
 def _divisor(call: Call, argument: str, steps: int) -> float:

@@ -103,14 +103,14 @@ class ExitObjective(Objective):
             if found.predictions.requires_grad:  # there is nothing to learn for shared heads of a frozen denoiser
                 uncertainty = mean_uncertainty(maps)
                 layerwise = losses.layerwise_loss(
-                    found.predictions, target, uncertainty, config.ual, config.largest_threshold
+                    found.predictions, target, uncertainty, config.ual, config.largest_threshold, batch.weights
                 )
                 parts["layerwise"] = config.layerwise_weight * layerwise
         else:
-            errors = (found.predictions.float() - target).square().mean()
-            parts["layerwise"] = config.layerwise_weight * errors
+            errors = losses.row_errors(found.predictions, target, batch.weights)
+            parts["layerwise"] = config.layerwise_weight * errors.mean()
         if config.train_backbone:
-            parts["simple"] = (found.full.float() - batch.truth.float()).square().mean()
+            parts["simple"] = losses.row_errors(found.full, batch.truth, batch.weights).mean()
         if distils and found.read.requires_grad:
             parts["distillation"] = config.distillation * losses.feature_loss(
                 found.read.flatten(3), found.last.flatten(2)
@@ -169,7 +169,7 @@ class ScheduleObjective(Objective):
 
     def forward(self, batch: Batch, distils: bool) -> Losses:
         """The losses of a batch; there is nothing to distil."""
-        simple = (self.predict(batch).float() - batch.truth.float()).square().mean()
+        simple = losses.row_errors(self.predict(batch), batch.truth, batch.weights).mean()
         return {"loss": simple, "simple": simple}
 
 

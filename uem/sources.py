@@ -119,7 +119,7 @@ def prepare(
         print(f"{skipped} images could not be read and are left out")
     if share.index == 0:
         write_json(place / "made_by.json", source.described())
-    return TrainingData([tables for tables, _ in loaded if tables], source.noising)
+    return TrainingData([tables for tables, _ in loaded if tables], source.noising, config.unconditional)
 
 
 def _fingerprints(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -263,7 +263,7 @@ class _Given(_Source):
         self.requests = self._asked(pictures) if requests is None else requests
         self.calls = math.ceil(pictures.count / config.record_batch)
         first = record(pipe, self._call(self.requests, range(2), 2), 0, None)
-        self.noising = Noising(pipe.scheduler, first[0])
+        self.noising = Noising(pipe.scheduler, first[0], config.snr_gamma)
 
     def _asked(self, pictures: Pictures) -> Requests:
         parameters = call_parameters(self.pipe)

@@ -40,12 +40,14 @@ DATA: dict[str, _Option] = {
     "--evaluations": ("N", int, "evaluations kept of each image sampled (default: 16)"),
     "--num-inference-steps": ("N", int, "of the pipeline's calls (default: 50)"),
     "--guidance-scale": ("G", float, "of the pipeline's calls (default: the pipeline's own)"),
+    "--unconditional": ("X", float, "share of rows of the unconditional branch (default: half, as guidance has it)"),
 }
 LEARNED: dict[str, _Option] = {
     "--rank": ("N", int, "channels of each head's correction (default: 32)"),
     "--uncertainty-weight": ("X", float, "of the uncertainty loss (default: 1)"),
     "--layerwise-weight": ("X", float, "of the exits' own errors (default: 1)"),
     "--largest-threshold": ("U", float, "that is to be used after --ual stopping (default: 0.25)"),
+    "--snr-gamma": ("G", float, "cap of min-SNR weights of the noise levels, with --data; 5 is usual (default: none)"),
     "--distillation": ("X", float, "weight of the exits' distance from the last hidden state (default: 0)"),
     "--distillation-stop": ("STEP", int, "no such loss from this step on (default: never)"),
     "--schedule": ("SPEC", str, "exit schedule of --objective ase (default: exit-schedule:preset=ase-demo)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from fastdiff.errors import ConfigError
 from fastdiff.uem import TrainConfig
-from fastdiff.uem.data import TrainingDataError
+from fastdiff.uem.data import TrainingData, TrainingDataError
 from fastdiff.uem.recording import Call, denoiser_of, record
 from fastdiff.uem.sources import Share, prepare
 from tiny.training import pipeline_and_call
@@ -192,6 +193,64 @@ def test_flow_matching(name: str, unit: float, tmp_path: Path) -> None:
     torch.testing.assert_close(timestep * unit, batch.timesteps)
     many = data.batch(data.draw(torch.Generator().manual_seed(0), 200)).timesteps
     assert many.median() > 650  # shifted to the noisy end
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow"])
+def test_min_snr_weights_make_errors_of_the_prediction_those_of_the_image(prediction: str, tmp_path: Path) -> None:
+    is_flow = prediction == "flow"
+    name = "StableDiffusion3Pipeline" if is_flow else "DiTPipeline"
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if not is_flow:
+        scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False, rescale_betas_zero_snr=True)
+    _, data = given(tmp_path, name, scheduler, snr_gamma=5)
+    batch = data.batch(data.draw(torch.Generator().manual_seed(0), 400))
+    assert batch.weights is not None
+    sigma = batch.timesteps / 1000
+    signal = 1 - sigma if is_flow else scheduler.alphas_cumprod[batch.timesteps.long()].sqrt()
+    noise = sigma if is_flow else (1 - signal**2).sqrt()
+    # By how much the clean sample is off where the prediction is off by 1: x0 = (x - noise * epsilon) / signal, ...
+    moved = {"epsilon": noise / signal, "v_prediction": noise, "sample": torch.ones_like(noise), "flow": noise}
+    expected = (signal / noise).square().clamp(max=5) * moved[prediction].square()
+    torch.testing.assert_close(batch.weights, expected, rtol=1e-4, atol=1e-6)
+    assert batch.weights.isfinite().all()
+    assert given(tmp_path, name, scheduler)[1].batch(data.draw(torch.Generator(), 4)).weights is None
+
+
+@pytest.mark.parametrize("name", ["DiTPipeline", "StableDiffusion3Pipeline", "FluxPipeline"])
+def test_the_share_of_unconditional_rows(name: str, tmp_path: Path) -> None:
+    pipe, requests, arguments = pipeline_and_call(name)
+    requests |= {key: value[:1].expand_as(value) for key, value in requests.items() if key.startswith("negative")}
+    data = prepare(pipe, TrainConfig(**SMALL, unconditional=0.2), tmp_path, requests, arguments)
+    drawn = data.draw(torch.Generator().manual_seed(1), 9000)
+    rows = Counter((table.group(row), evaluation, row) for table, evaluation, row in drawn.places)
+    assert len(rows) == data.rows
+    alike = {branch for branch in (0, 1) if len(conditioning(data, branch)) == 1}
+    (unconditional,) = alike
+    assert unconditional == {"DiTPipeline": 1, "StableDiffusion3Pipeline": 0, "FluxPipeline": 1}[name]
+    for branch, share in ((unconditional, 0.2), (1 - unconditional, 0.8)):
+        counts = [count for (of, _, _), count in rows.items() if of == branch]
+        assert sum(counts) / 9000 == pytest.approx(share, abs=0.02)
+        assert max(counts) < 1.5 * min(counts)  # all alike
+
+
+def conditioning(data: TrainingData, branch: int) -> set[str]:
+    """What the rows of a branch are asked for."""
+    places = data.draw(torch.Generator().manual_seed(1), 300).places
+    names = {"class_labels", "encoder_hidden_states"}
+    return {
+        str(table.value(name, evaluation, row).tolist())
+        for table, evaluation, row in places
+        if table.group(row) == branch
+        for name in names & set(table.own)
+    }
+
+
+@pytest.mark.parametrize("arguments", [{"guidance_scale": 1.0}, {"class_labels": [3]}])
+def test_an_unconditional_branch_that_cannot_be_told_is_refused(arguments: dict[str, Any], tmp_path: Path) -> None:
+    pipe, requests, call = pipeline_and_call("DiTPipeline")
+    requests = {name: arguments.pop(name, value) for name, value in requests.items()}
+    with pytest.raises(ConfigError, match=r"unconditional=0\.2 needs guidance .* here (0 of 1|2 of 2) branches"):
+        prepare(pipe, TrainConfig(**SMALL, unconditional=0.2), tmp_path, requests, call | arguments)
 
 
 def test_nothing_is_computed_to_learn_the_conditioning() -> None:

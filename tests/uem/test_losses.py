@@ -201,6 +201,19 @@ def test_layerwise_weights() -> None:
     assert values["official"].item() == pytest.approx((0.3 * (4 + 1) + 0.9 * (1 + 9)) / 1.5 / 2)
 
 
+@pytest.mark.parametrize("mode", losses.UAL)
+def test_a_row_counts_by_its_weight(mode: str) -> None:
+    torch.manual_seed(0)
+    predictions, target, uncertainty = torch.randn(3, 2, 4), torch.randn(2, 4), torch.rand(3, 2)
+    first, second = (
+        losses.layerwise_loss(predictions, target, uncertainty, mode, weights=weights).item()
+        for weights in torch.eye(2)
+    )
+    both = losses.layerwise_loss(predictions, target, uncertainty, mode, weights=torch.tensor([3.0, 0.5]))
+    assert both.item() == pytest.approx(3 * first + 0.5 * second)
+    assert losses.layerwise_loss(predictions, target, uncertainty, mode).item() == pytest.approx(first + second)
+
+
 @pytest.mark.parametrize("largest", [0.3, 0.8, 1.0])
 def test_stopping_weights_are_how_often_thresholds_stop_there(largest: float) -> None:
     uncertainty = torch.rand(5, 40, generator=torch.Generator().manual_seed(0))
