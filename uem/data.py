@@ -299,7 +299,7 @@ class TrainingData:
 
     def example(self) -> Batch:
         """Two rows, to see shapes with."""
-        table = next(iter(self._kinds.values()))[0]
+        table = next(iter(self._kinds.values()))[0].table
         return self.batch(self._noised([(table, 0, row % table.rows) for row in range(2)], torch.Generator()))
 
     def draw(self, generator: torch.Generator, size: int) -> Drawn:

@@ -18,13 +18,13 @@ from fastdiff import FastDiffPipeline, UncertaintyExit
 from fastdiff.backbones import view
 from fastdiff.cost import flop_counter
 from fastdiff.engine import sampling_run
-from fastdiff.engine.record import Call
 from fastdiff.errors import ConfigError, ProfileMismatchError
 from fastdiff.methods import Method
 from fastdiff.plan import Action
 from fastdiff.spec import format_method, parse_method
 from fastdiff.uem import UncertaintyModules
 from tiny.models import TINY_MODELS
+from tiny.stops import BATCH, check_that_stopped_samples_see_no_further_unit, depths_of, rows, run
 from tiny.uncertainty import random_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastdiff.errors.FastDiffNoEffectWarning")
@@ -32,7 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::fastdiff.errors.FastDiffNoEffec
 SPREADING = 0.5
 """A threshold at which samples of the random modules stop on most pipelines."""
 DIRECT = ("DiTTransformer2DModel", "UViT", "SD3Transformer2DModel", "PixArtTransformer2DModel")
-BATCH = 6
 
 
 def batch_of(model: str, batch: int = BATCH) -> tuple[nn.Module, dict[str, Any]]:
@@ -43,35 +42,11 @@ def batch_of(model: str, batch: int = BATCH) -> tuple[nn.Module, dict[str, Any]]
     return tiny.build(), {**arguments, "timestep": timestep}
 
 
-def rows(arguments: dict[str, Any], chosen: list[int], batch: int = BATCH) -> dict[str, Any]:
-    """Returns the arguments of some samples."""
-
-    def take(value: Any) -> Any:
-        return value[chosen] if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch else value
-
-    return {name: take(value) for name, value in arguments.items()}
-
-
-@torch.no_grad()
-def run(denoiser: nn.Module, method: Method, *calls: dict[str, Any]) -> tuple[list[torch.Tensor], list[Call]]:
-    """Makes calls of one evaluation; returns what they predicted and did."""
-    with sampling_run(denoiser, method, timesteps=torch.tensor([500.0])) as run:
-        outputs = [denoiser(**call, return_dict=False)[0] for call in calls]
-        run.tick()
-    return outputs, run.record.denoisers["denoiser"].calls
-
-
 def spread_out(denoiser: nn.Module, arguments: dict[str, Any], **settings: Any) -> UncertaintyExit:
     """Returns a method under which the samples stop at different units."""
     modules = random_modules(denoiser, **settings)
     methods = [UncertaintyExit.of(modules, threshold=float(threshold)) for threshold in np.linspace(0.3, 0.7, 21)]
     return max(methods, key=lambda method: len({*depths_of(run(denoiser, method, arguments)[1])}))
-
-
-def depths_of(calls: list[Call]) -> list[int]:
-    depths = calls[0].depths
-    assert depths is not None
-    return depths.tolist()
 
 
 @contextmanager
@@ -203,16 +178,7 @@ def test_units_run_for_the_samples_that_need_them_and_for_no_others(model: str) 
 @pytest.mark.parametrize("model", DIRECT)
 def test_a_broken_unit_matters_to_those_who_run_it(model: str) -> None:
     denoiser, arguments = batch_of(model)
-    method = spread_out(denoiser, arguments)
-    (expected,), calls = run(denoiser, method, arguments)
-    depths = np.array(depths_of(calls))
-    column = int(np.unique(depths)[0])  # the first unit that not all samples run
-    for parameter in view(denoiser).units[column].module.parameters():
-        nn.init.constant_(parameter, float("nan"))
-    (broken,), _ = run(denoiser, method, arguments)
-    stopped = torch.from_numpy(depths <= column)
-    assert torch.equal(broken[stopped], expected[stopped])
-    assert broken[~stopped].isnan().flatten(1).any(1).all()
+    check_that_stopped_samples_see_no_further_unit(denoiser, spread_out(denoiser, arguments), arguments)
 
 
 def test_what_is_added_between_blocks_is_not_lost() -> None:

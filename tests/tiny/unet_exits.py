@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastdiff.uem import UncertaintyModules, make_modules
+from tiny.stops import BATCH
 from tiny.unets import TINY_UNETS
 
 MODELS = (
@@ -19,24 +20,12 @@ MODELS = (
 )
 EVERY_MODEL = pytest.mark.parametrize("model", MODELS)
 PIPELINES = pytest.mark.parametrize("name", ["StableDiffusionPipeline", "DDPMPipeline"])
-BATCH = 6
 
 
 def batch_of(model: str, batch: int = BATCH) -> tuple[nn.Module, dict[str, Any]]:
     """Returns a tiny UNet and arguments of one call."""
     tiny = TINY_UNETS[model]
     return tiny.build(), {**tiny.inputs(batch, 0), "timestep": torch.full((batch,), 500)}
-
-
-def rows(arguments: dict[str, Any], chosen: list[int], batch: int = BATCH) -> dict[str, Any]:
-    """Returns the arguments of some samples."""
-
-    def take(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: take(item) for name, item in value.items()}
-        return value[chosen] if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch else value
-
-    return take(arguments)  # type: ignore[no-any-return]
 
 
 def random_modules(denoiser: nn.Module, arguments: dict[str, Any], **settings: Any) -> UncertaintyModules:

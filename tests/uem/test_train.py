@@ -169,9 +169,14 @@ def test_accumulated_parts_are_the_whole_batch(name: str, trained: Callable[...,
     for parts in (1, 4):
         trained(tmp_path / str(parts), **OBJECTIVES[name], gradient_accumulation=parts)
     whole, parts_ = (state(tmp_path / str(parts)) for parts in (1, 4))
+    config = small(**OBJECTIVES[name])
     for key, value in whole.items():
         if key.startswith("model."):
-            torch.testing.assert_close(parts_[key], value, rtol=1e-3, atol=1e-4, msg=key)
+            is_backbone = key.startswith("model.denoiser.")
+            # Adam goes by a gradient's sign, which is up to rounding where there is next to none. So not each number is
+            # compared but all of a tensor together, with how far they can have gone.
+            gone = config.steps * (config.backbone_learning_rate if is_backbone else config.learning_rate)
+            assert (parts_[key] - value).square().mean().sqrt() < 0.01 * gone, key
     logged = [json.loads((tmp_path / str(parts) / "log.jsonl").read_text())["loss"] for parts in (1, 4)]
     assert logged[1] == pytest.approx(logged[0], rel=1e-3)
 

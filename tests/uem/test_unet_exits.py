@@ -17,32 +17,16 @@ from fastdiff import SkipTuning, UncertaintyExit
 from fastdiff.backbones import view
 from fastdiff.cost import flop_counter
 from fastdiff.engine import sampling_run
-from fastdiff.engine.record import Call
 from fastdiff.errors import ConfigError, ProfileMismatchError
 from fastdiff.eval.tasks import make_task
-from fastdiff.methods import Method
 from fastdiff.plan import Action
 from fastdiff.uem import ExitReadout, UncertaintyModules, load_modules
 from fastdiff.uem.calibration import calibrate
-from tiny.unet_exits import BATCH, EVERY_MODEL, PIPELINES, batch_of, ending_at, random_modules, rows
+from tiny.stops import BATCH, check_that_stopped_samples_see_no_further_unit, depths_of, rows, run
+from tiny.unet_exits import EVERY_MODEL, PIPELINES, batch_of, ending_at, random_modules
 from tiny.unet_pipelines import UNET_PIPELINES
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastdiff.errors.FastDiffNoEffectWarning")
-
-
-@torch.no_grad()
-def run(denoiser: nn.Module, method: Method, *calls: dict[str, Any]) -> tuple[list[torch.Tensor], list[Call]]:
-    """Makes calls of one evaluation; returns what they predicted and did."""
-    with sampling_run(denoiser, method, timesteps=torch.tensor([500.0])) as running:
-        outputs = [denoiser(**call, return_dict=False)[0] for call in calls]
-        running.tick()
-    return outputs, running.record.denoisers["denoiser"].calls
-
-
-def depths_of(calls: list[Call]) -> list[int]:
-    depths = calls[0].depths
-    assert depths is not None
-    return depths.tolist()
 
 
 def spread_out(denoiser: nn.Module, arguments: dict[str, Any]) -> UncertaintyExit:
@@ -179,16 +163,7 @@ def test_stages_run_for_the_samples_that_need_them_and_for_no_others(model: str)
 
 def test_a_broken_stage_matters_to_those_who_run_it() -> None:
     denoiser, arguments = batch_of("UNet2DConditionModel (SD)")
-    method = spread_out(denoiser, arguments)
-    (expected,), calls = run(denoiser, method, arguments)
-    depths = np.array(depths_of(calls))
-    column = int(np.unique(depths)[0])  # the first unit that not all samples run
-    for parameter in view(denoiser).units[column].module.parameters():
-        nn.init.constant_(parameter, float("nan"))
-    (broken,), _ = run(denoiser, method, arguments)
-    stopped = torch.from_numpy(depths <= column)
-    assert torch.equal(broken[stopped], expected[stopped])
-    assert broken[~stopped].isnan().flatten(1).any(1).all()
+    check_that_stopped_samples_see_no_further_unit(denoiser, spread_out(denoiser, arguments), arguments)
 
 
 def test_decisions_that_come_late_take_effect_at_the_next_stage() -> None:

@@ -15,8 +15,9 @@ from fastdiff.uem import ExitReadout, load_modules, losses, make_modules
 from fastdiff.uem.objectives import mean_uncertainty
 from fastdiff.uem.train import train
 from fastdiff.uem.validation import spearman
+from tiny.stops import BATCH
 from tiny.training import DRAWN_ANEW, small
-from tiny.unet_exits import BATCH, EVERY_MODEL, PIPELINES, batch_of, ending_at, random_modules
+from tiny.unet_exits import EVERY_MODEL, PIPELINES, batch_of, ending_at, random_modules
 from tiny.unet_pipelines import UNET_PIPELINES
 
 pytestmark = pytest.mark.filterwarnings("ignore::fastdiff.errors.FastDiffNoEffectWarning")
