@@ -8,6 +8,7 @@ noised when a batch is drawn.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,56 +208,63 @@ def load_tables(path: Path) -> tuple[list[Table], int]:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """The rows of one guidance branch in a table, each drawn as often as ``weight`` says."""
+    """The rows of a table that are of one guidance branch."""
 
     table: Table
     first: int
-    count: int
-    weight: float
 
     @property
-    def total(self) -> float:
-        return self.weight * self.count * self.table.evaluations
+    def branch(self) -> int:
+        return self.table.group(self.first)
+
+    @property
+    def number(self) -> int:
+        """How many there are in each evaluation."""
+        return min(self.table.images, self.table.rows - self.first)
+
+    @property
+    def count(self) -> int:
+        """How many there are in all."""
+        return self.number * self.table.evaluations
 
     def place(self, share: float) -> tuple[Table, int, int]:
         """The row at a share in [0, 1) of all: table, evaluation and row."""
-        count = self.count * self.table.evaluations
-        evaluation, row = divmod(min(count - 1, int(share * count)), self.count)
+        evaluation, row = divmod(int(share * self.count), self.number)
         return self.table, evaluation, self.first + row
 
+    def conditioning(self) -> dict[str, torch.Tensor]:
+        """What the rows are asked for."""
+        sample = next(iter(self.table.structure))
+        names = [name for name in self.table.constant if name != sample]
+        return {name: self.table.own[name][self.first : self.first + self.number] for name in names}
 
-def _branch_weights(tables: Sequence[Table], unconditional: float | None) -> dict[int, float]:
-    """How often each row of a guidance branch is drawn, compared with others."""
-    counts: dict[int, int] = {}
-    for table in tables:
-        for row in range(table.rows):
-            counts[table.group(row)] = counts.get(table.group(row), 0) + table.evaluations
+
+def _branch_weights(everything: Sequence[_Rows], unconditional: float | None) -> dict[int, float]:
+    """How often a row of each guidance branch is drawn, compared with the others."""
+    counts = Counter[int]()
+    for rows in everything:
+        counts[rows.branch] += rows.count
     if unconditional is None:
         return dict.fromkeys(counts, 1.0)
-    alike = [branch for branch in counts if _is_asked_for_one_thing(tables, branch)]
+    alike = [branch for branch in counts if _are_asked_for_one_thing(everything, branch)]
     if len(counts) < 2 or len(alike) != 1:
         raise ConfigError(
             f"unconditional={unconditional:g} needs guidance with one branch that is asked for the same in all images; "
             f"here {len(alike)} of {len(counts)} branches are. Give a guidance_scale above 1 and images of different "
             "classes or prompts, or leave it out."
         )
-    others = sum(counts.values()) - counts[alike[0]]
-    return {
-        branch: unconditional / count if branch in alike else (1 - unconditional) / others
-        for branch, count in counts.items()
-    }
+    others = (1 - unconditional) / (counts.total() - counts[alike[0]])
+    return dict.fromkeys(counts, others) | {alike[0]: unconditional / counts[alike[0]]}
 
 
-def _is_asked_for_one_thing(tables: Sequence[Table], branch: int) -> bool:
-    """Whether all rows of a guidance branch are conditioned alike."""
+def _are_asked_for_one_thing(everything: Sequence[_Rows], branch: int) -> bool:
     first: dict[str, torch.Tensor] = {}
-    for table in tables:
-        rows = [row for row in range(table.rows) if table.group(row) == branch]
-        for name in set(table.constant) - {next(iter(table.structure))} if rows else ():
-            values = table.own[name][rows[0] : rows[-1] + 1]
-            if not torch.equal(values, first.setdefault(name, values[:1]).expand_as(values)):
-                return False
-    return True
+    return all(
+        torch.equal(values, first.setdefault(name, values[:1]).expand_as(values))
+        for rows in everything
+        if rows.branch == branch
+        for name, values in rows.conditioning().items()
+    )
 
 
 class TrainingData:
@@ -285,17 +293,16 @@ class TrainingData:
         self.noising = noising
         self._held_out = [table for tables in calls[-held_out:] for table in tables]
         learned = [table for tables in calls[:-held_out] for table in tables]
-        weights = _branch_weights(learned, unconditional)
+        everything = [_Rows(table, first) for table in learned for first in range(0, table.rows, table.images)]
+        self._weights = _branch_weights(everything, unconditional)
         self._kinds: dict[str, list[_Rows]] = {}
-        for table in learned:
-            for first in range(0, table.rows, table.images):
-                rows = _Rows(table, first, min(table.images, table.rows - first), weights[table.group(first)])
-                self._kinds.setdefault(table.kind(), []).append(rows)
+        for rows in everything:
+            self._kinds.setdefault(rows.table.kind(), []).append(rows)
 
     @property
     def rows(self) -> int:
         """Number of different rows to train on."""
-        return sum(rows.count * rows.table.evaluations for kind in self._kinds.values() for rows in kind)
+        return sum(rows.count for kind in self._kinds.values() for rows in kind)
 
     def example(self) -> Batch:
         """Two rows, to see shapes with."""
@@ -305,14 +312,15 @@ class TrainingData:
     def draw(self, generator: torch.Generator, size: int) -> Drawn:
         """Draw rows that can be one batch."""
         kinds = list(self._kinds.values())
-        weights = [torch.tensor([rows.total for rows in kind], dtype=torch.float64) for kind in kinds]
+        weights = [
+            torch.tensor([self._weights[rows.branch] * rows.count for rows in kind], dtype=torch.float64)
+            for kind in kinds
+        ]
         kind = int(torch.multinomial(torch.stack([part.sum() for part in weights]), 1, generator=generator))
-        ends = weights[kind].cumsum(0)
-        chosen = torch.rand(size, generator=generator, dtype=torch.float64) * ends[-1]
-        numbers = torch.searchsorted(ends, chosen, right=True).clamp(max=len(ends) - 1)
-        shares = 1 - (ends[numbers] - chosen) / weights[kind][numbers]
+        chosen = torch.multinomial(weights[kind], size, replacement=True, generator=generator)
+        shares = torch.rand(size, generator=generator, dtype=torch.float64)
         places = [
-            kinds[kind][number].place(share) for number, share in zip(numbers.tolist(), shares.tolist(), strict=True)
+            kinds[kind][number].place(share) for number, share in zip(chosen.tolist(), shares.tolist(), strict=True)
         ]
         return self._noised(places, generator)
 

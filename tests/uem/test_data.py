@@ -203,7 +203,7 @@ def test_min_snr_weights_make_errors_of_the_prediction_those_of_the_image(predic
     if not is_flow:
         scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False, rescale_betas_zero_snr=True)
     _, data = given(tmp_path, name, scheduler, snr_gamma=5)
-    batch = data.batch(data.draw(torch.Generator().manual_seed(0), 400))
+    batch = data.batch(data.draw(torch.Generator().manual_seed(0), 2000))
     assert batch.weights is not None
     sigma = batch.timesteps / 1000
     signal = 1 - sigma if is_flow else scheduler.alphas_cumprod[batch.timesteps.long()].sqrt()
@@ -211,8 +211,8 @@ def test_min_snr_weights_make_errors_of_the_prediction_those_of_the_image(predic
     # By how much the clean sample is off where the prediction is off by 1: x0 = (x - noise * epsilon) / signal, ...
     moved = {"epsilon": noise / signal, "v_prediction": noise, "sample": torch.ones_like(noise), "flow": noise}
     expected = (signal / noise).square().clamp(max=5) * moved[prediction].square()
+    expected[signal == 0] = float(prediction == "epsilon")  # the limit; this scheduler ends without any signal
     torch.testing.assert_close(batch.weights, expected, rtol=1e-4, atol=1e-6)
-    assert batch.weights.isfinite().all()
     assert given(tmp_path, name, scheduler)[1].batch(data.draw(torch.Generator(), 4)).weights is None
 
 
