@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from fastdiff.eval.points import Point
 
+WIDE = 8
+"""Ratio of the largest value in a plot to the smallest from which on the scale is logarithmic."""
 SHOWN = 16
 """Images of each row in the pictures."""
 
@@ -60,6 +62,7 @@ def draw_trade_off(results: Results, criterion: str) -> Figure:
         for point in members:
             _draw_point(axes, results, point, criterion, color, marker, point.key in dominated)
     _draw_floor(axes, results, criterion)
+    _spread(axes, [_value(point, criterion) for point in shown])
     axes.set_xlabel("speedup over full sampling (wall clock, median of pairs; quartiles)")
     word = "higher" if CRITERIA[criterion].better > 0 else "lower"
     axes.set_ylabel(f"{title(criterion)} (95 % interval)\n{word} is better")
@@ -71,6 +74,14 @@ def draw_trade_off(results: Results, criterion: str) -> Figure:
     labels = [(texts.shortened(name_of(point), LABEL), _place(results, point, criterion)) for point in front]
     _label(figure, axes, labels, [_place(results, point, criterion) for point in shown])
     return figure
+
+
+def _spread(axes: Axes, values: Sequence[float]) -> None:
+    """Takes a logarithmic scale where a few values would press all others together."""
+    if min(values, default=0) > 0 and max(values) > WIDE * min(values):
+        axes.set_yscale("log", subs=(2, 5))
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter("{x:g}")
 
 
 def _place(results: Results, point: Point, criterion: str) -> tuple[float, float]:

@@ -200,6 +200,13 @@ def test_a_line_goes_through_the_points_that_none_of_their_group_beats() -> None
     assert [[1.5, 9.0], [2.0, 10.1], [3.0, 12.0]] in lines
 
 
+@pytest.mark.parametrize(("worst", "scale"), [(60.0, "linear"), (900.0, "log")])
+def test_a_plot_gives_room_to_what_is_good_where_something_is_very_bad(worst: float, scale: str) -> None:
+    rows = [row("full", group="full", speedup=1.0, fid=9.0), row("a", speedup=2.0, fid=10.0)]
+    (axes,) = draw_trade_off(results([*rows, row("b", speedup=3.0, fid=worst)]), "fid").axes
+    assert axes.get_yscale() == scale
+
+
 def test_labels_of_a_plot_do_not_overlap() -> None:
     crowd = [row(f"r{i}", speedup=1.5 + i / 100, fid=10 + i / 40, label=f"a rather long label {i}") for i in range(12)]
     figure = draw_trade_off(results([row("full", group="full", speedup=1.0, fid=9.0), *crowd]), "fid")
