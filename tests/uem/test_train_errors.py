@@ -38,6 +38,9 @@ Trained = Callable[..., Any]
         ({"seed": -1}, "seed is a whole number"),
         ({"samples": 0}, "samples is a whole number"),
         ({"target": "truth"}, "target='truth' needs images"),
+        ({"snr_gamma": 5.0}, "snr_gamma weighs noise that is added to images"),
+        ({"snr_gamma": 0.0, "data": "zoo"}, "snr_gamma is a number above 0, or None; got 0.0"),
+        ({"unconditional": 1.5}, r"unconditional lies in \[0, 1\], or is None; got 1.5"),
         ({"objective": "ase"}, "fine-tunes the denoiser"),
         ({"objective": "heads", "heads": "shared"}, "trains heads='per_exit'"),
         ({"batch_size": 10, "gradient_accumulation": 4}, "does not divide into 4 parts"),
@@ -241,9 +244,7 @@ def test_defaults_that_the_help_tells_are_the_defaults() -> None:
         if found and hasattr(TrainConfig, action.dest):
             told[action.dest] = found[1]
     assert len(told) > 20
-    wrong = {
-        name: value
-        for name, value in told.items()
-        if value != "never" and str(getattr(TrainConfig, name)) not in (value, f"{value}.0")
-    }
-    assert not wrong
+    for name, value in told.items():
+        default = getattr(TrainConfig, name)
+        words = ("never", "none") if default is None else (str(default), str(default).removesuffix(".0"))
+        assert value in words, name
