@@ -33,7 +33,8 @@ tr.group th { color: var(--soft); font-size: .8rem; letter-spacing: .04em; text-
   overflow-wrap: anywhere; }
 .verdict { font-size: .82rem; color: var(--soft); } .verdict.better { color: var(--good); }
 .verdict.worse, .verdict.mixed { color: var(--warn); }
-.strips { display: grid; grid-template-columns: minmax(8rem, 17rem) 1fr; gap: .5rem 1rem; align-items: center; }
+.strips { display: grid; grid-template-columns: minmax(8rem, 17rem) 1fr; gap: .5rem 1rem; align-items: center;
+  overflow-wrap: anywhere; }
 .strips .soft { line-height: 1.25; }
 .strips img { width: 100%; image-rendering: pixelated; display: block; }
 .strips .rule { grid-column: 1 / -1; border-top: 1px solid var(--line); } .strips .rule:first-child { display: none; }
@@ -42,7 +43,7 @@ tr.group th { color: var(--soft); font-size: .8rem; letter-spacing: .04em; text-
   background: #fff; border-radius: .6rem; border: 1px solid var(--line); overflow: hidden; }
 .picture img { width: 100%; display: block; }
 .plans { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { margin-bottom: .4rem; font-size: .92rem; }
+figure { margin: 0; } figcaption { margin-bottom: .4rem; font-size: .92rem; overflow-wrap: anywhere; }
 code { font: .86em/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 details { margin-top: .5rem; } summary { cursor: pointer; color: var(--accent); }
 details code { display: block; margin: .2rem 0 .8rem; }
