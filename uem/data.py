@@ -294,34 +294,33 @@ class TrainingData:
         self._held_out = [table for tables in calls[-held_out:] for table in tables]
         learned = [table for tables in calls[:-held_out] for table in tables]
         everything = [_Rows(table, first) for table in learned for first in range(0, table.rows, table.images)]
-        self._weights = _branch_weights(everything, unconditional)
-        self._kinds: dict[str, list[_Rows]] = {}
+        by_branch = _branch_weights(everything, unconditional)
+        kinds: dict[str, list[_Rows]] = {}
         for rows in everything:
-            self._kinds.setdefault(rows.table.kind(), []).append(rows)
+            kinds.setdefault(rows.table.kind(), []).append(rows)
+        self._kinds = list(kinds.values())
+        self._weights = [
+            torch.tensor([by_branch[rows.branch] * rows.count for rows in kind], dtype=torch.float64)
+            for kind in self._kinds
+        ]
 
     @property
     def rows(self) -> int:
         """Number of different rows to train on."""
-        return sum(rows.count for kind in self._kinds.values() for rows in kind)
+        return sum(rows.count for kind in self._kinds for rows in kind)
 
     def example(self) -> Batch:
         """Two rows, to see shapes with."""
-        table = next(iter(self._kinds.values()))[0].table
+        table = self._kinds[0][0].table
         return self.batch(self._noised([(table, 0, row % table.rows) for row in range(2)], torch.Generator()))
 
     def draw(self, generator: torch.Generator, size: int) -> Drawn:
         """Draw rows that can be one batch."""
-        kinds = list(self._kinds.values())
-        weights = [
-            torch.tensor([self._weights[rows.branch] * rows.count for rows in kind], dtype=torch.float64)
-            for kind in kinds
-        ]
-        kind = int(torch.multinomial(torch.stack([part.sum() for part in weights]), 1, generator=generator))
-        chosen = torch.multinomial(weights[kind], size, replacement=True, generator=generator)
-        shares = torch.rand(size, generator=generator, dtype=torch.float64)
-        places = [
-            kinds[kind][number].place(share) for number, share in zip(chosen.tolist(), shares.tolist(), strict=True)
-        ]
+        totals = torch.stack([weights.sum() for weights in self._weights])
+        kind = int(torch.multinomial(totals, 1, generator=generator))
+        chosen = torch.multinomial(self._weights[kind], size, replacement=True, generator=generator).tolist()
+        shares = torch.rand(size, generator=generator, dtype=torch.float64).tolist()
+        places = [self._kinds[kind][number].place(share) for number, share in zip(chosen, shares, strict=True)]
         return self._noised(places, generator)
 
     def _noised(self, places: Sequence[tuple[Table, int, int]], generator: torch.Generator) -> Drawn:
