@@ -17,6 +17,7 @@ from torch import nn
 
 from fastdiff.backbones import Backbone, is_control, unwrap, view
 from fastdiff.engine.clock import Grid
+from fastdiff.engine.graphs import Graphs
 from fastdiff.engine.hooks import InstalledHooks
 from fastdiff.engine.record import RunRecord
 from fastdiff.engine.run import SamplingRun
@@ -76,6 +77,7 @@ class Acceleration:
         pipe: the pipeline.
         methods: what to do in its calls.
         on_unsupported: ``"raise"``, ``"warn"`` or ``"off"``: what to do if no denoiser can be accelerated.
+        cuda_graphs: record evaluations as CUDA graphs and replay what repeats.
 
     Raises:
         UnsupportedPipelineError: if the pipeline has no scheduler or no denoiser.
@@ -83,12 +85,19 @@ class Acceleration:
         StateError: if a denoiser is accelerated already, through another pipeline.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, methods: tuple[Method, ...], on_unsupported: str = "raise") -> None:
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        methods: tuple[Method, ...],
+        on_unsupported: str = "raise",
+        cuda_graphs: bool = False,
+    ) -> None:
         if on_unsupported not in ("raise", "warn", "off"):
             raise ConfigError(f"on_unsupported is 'raise', 'warn' or 'off'; got {on_unsupported!r}.")
         name = getattr(pipe.config, "_name_or_path", None)
         self.methods = tuple(method.located(Path(name)) for method in methods) if name else methods
         self.active = True
+        self.cuda_graphs = cuda_graphs
         self.last_run: RunRecord | None = None
         self._pipe = pipe
         self._run: SamplingRun | None = None
@@ -143,7 +152,7 @@ class Acceleration:
             raise unsupported[0]
         try:
             for name, backbone in backbones.items():
-                self._hooks[name] = InstalledHooks(backbone)
+                self._hooks[name] = InstalledHooks(backbone, Graphs() if self.cuda_graphs else None)
         except StateError:
             self.remove()
             raise
@@ -173,7 +182,7 @@ class Acceleration:
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """One call of the pipeline."""
-        if not (self.active and self.methods and self._supported):
+        if not (self.active and (self.methods or self.cuda_graphs) and self._supported):
             yield
             return
         if self._run is not None:

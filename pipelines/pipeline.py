@@ -35,6 +35,7 @@ class FastDiffPipeline:
         preset: str | None = None,
         on_unsupported: str = "raise",
         kernels: str = "off",
+        cuda_graphs: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Load any diffusers pipeline, accelerated.
@@ -47,6 +48,7 @@ class FastDiffPipeline:
             on_unsupported: ``"raise"``, ``"warn"`` or ``"off"`` for a pipeline that cannot be accelerated.
             kernels: ``"auto"`` also calls `fastdiff.optimize`: fused kernels where the machine has them, in the models
                 and between their blocks, with slightly different images; ``"off"`` launches none.
+            cuda_graphs: as in `fastdiff.enable`.
             **kwargs: what `DiffusionPipeline.from_pretrained` takes.
 
         Returns:
@@ -71,9 +73,9 @@ class FastDiffPipeline:
         saved = read_config(name, **kwargs) if chosen is None else None
         if saved is None:
             chosen = _choose(None, None) if chosen is None else chosen
-            pipe = enable(pipe, chosen, on_unsupported=on_unsupported)
+            pipe = enable(pipe, chosen, on_unsupported=on_unsupported, cuda_graphs=cuda_graphs)
         else:
-            pipe = enable(pipe, methods_of(saved), on_unsupported=on_unsupported)
+            pipe = enable(pipe, methods_of(saved), on_unsupported=on_unsupported, cuda_graphs=cuda_graphs)
             pipe.fastdiff.check_profile(saved)
         if kernels == "auto":
             fastdiff.optimize(pipe)
@@ -97,6 +99,7 @@ def enable(
     *,
     preset: str | None = None,
     on_unsupported: str = "raise",
+    cuda_graphs: bool = False,
 ) -> Any:
     """Accelerate an existing pipeline in place. Enabling again replaces what was enabled.
 
@@ -105,6 +108,10 @@ def enable(
         methods: one method or several (a saved `ComputePlan` counts as one); by default those of the preset.
         preset: ``"quality"``, ``"balanced"`` (the default), ``"fast"`` or ``"off"``; not together with methods.
         on_unsupported: ``"raise"``, ``"warn"`` or ``"off"`` for a pipeline that cannot be accelerated.
+        cuda_graphs: record each distinct evaluation of the plan as a CUDA graph when it comes for the second time, and
+            replay it from then on, in later calls too. Saves the time in which Python starts one kernel after the
+            other, which at small batches is most of it. A call that cannot be recorded, such as one for samples that
+            stop on their own or one on another device, is computed as ever; ``pipe.fastdiff.summary()`` says why.
 
     Returns:
         The same pipeline object.
@@ -122,7 +129,7 @@ def enable(
     if before is not None:
         before.remove()
     try:
-        acceleration = Acceleration(pipe, chosen, on_unsupported)
+        acceleration = Acceleration(pipe, chosen, on_unsupported, cuda_graphs)
     except Exception:
         if before is not None:
             before._install()

@@ -31,6 +31,7 @@ from fastdiff.engine.branches import Branch, BranchFinder
 from fastdiff.engine.cells import RowCells
 from fastdiff.engine.clock import Grid, StepClock
 from fastdiff.engine.exits import ExitRule, Exits, HandOver, copies_in
+from fastdiff.engine.graphs import Work
 from fastdiff.engine.hooks import InstalledHooks
 from fastdiff.engine.kept import BranchState
 from fastdiff.engine.program import Batch, Program, lower
@@ -107,6 +108,8 @@ class Executor:
     def open(self, denoiser: nn.Module) -> None:
         """Start watching calls of the denoiser, compiled or not, from outside any compiled code."""
         self._module = denoiser
+        if self.hooks.graphs is not None:
+            self._attached.append(self.hooks.graphs.attach(denoiser, self.record))
         if getattr(denoiser, "_compiled_call_impl", None) is not None:
             self._watch_compiled(denoiser)
         else:
@@ -188,6 +191,7 @@ class Executor:
                 self.hooks.set_cells(self._cells.computing(state))
             self._scale_skips([row], arguments)
             self.record.fallbacks[reason] += 1
+            self._expect(reason)
             actions = [int(Action.COMPUTE)] * len(self.backbone.units)
         else:
             held = self._hold_control(self._program, row, state, arguments)
@@ -214,21 +218,45 @@ class Executor:
             answer = state.answers.pop(row)
             self._answer = lambda: answer
             self.hooks.set_cells(self._cells.idle(state))
+            self._expect("the prediction was made ahead")
             return
         if self._rule is not None and program.computes_all(row):
             self._exits = self._exits_of(self._rule, row, state, arguments)
             self.hooks.set_exits(self._exits)
             self._scale_skips([row], arguments)
+            self._expect("samples stop where it is found out while they run")
             return
         batch = program.batches.get(row)
         if batch is None or self._one_by_one(row, state, arguments):
             self.hooks.set_cells(self._cells.of_row(row, state))
             self._scale_skips([row], arguments)
+            if self.hooks.graphs is not None:
+                self.hooks.graphs.expect(self._work(program, row, state))
             return
+        self._expect("several evaluations are made at once")
         columns = program.encoding_columns(batch)
         encoding = self._cells.of_row(row, state)[:columns] if columns else []
         self.hooks.set_cells(encoding + self._cells.idle(state)[columns:])
         self._answer = functools.partial(self._decode, program, batch, state, arguments)
+
+    def _expect(self, reason: str) -> None:
+        """Tell why the coming call is none that may come again."""
+        if self.hooks.graphs is not None:
+            self.hooks.graphs.expect(reason)
+
+    def _work(self, program: Program, row: int, state: BranchState) -> Work | str:
+        """What a row does, what it reads and what it leaves."""
+        if not self._cells.can_idle(state):
+            return "the shapes of what later calls leave out are noted"
+        scales = self.hooks.skip_scales
+        if scales is None:
+            return "what ControlNets add to skips is scaled in another way"
+        readings = program.readings[row]
+        weights = tuple(reading.weights for reading in readings)
+        reads = [state.kept[key] for reading in readings for key in reading.sources]
+        leaves = [state.kept[key] for key in sorted(program.captures[row])]
+        shapes = [shape.like for shape in state.shapes]
+        return Work((program.pattern(row), weights, scales), reads, leaves, shapes)
 
     def _scale_skips(self, rows: Sequence[int], arguments: Mapping[str, Any]) -> None:
         """Tell by how much the decoder of these rows reads the long skips scaled in the coming call."""

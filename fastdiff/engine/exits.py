@@ -21,8 +21,9 @@ from fastdiff.kernels.steps import Steps
 
 SCOPES = ("per_sample", "batch_mean", "batch_all")
 
-Scorer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Hidden state ``(rows, ...)`` and timesteps ``(rows,)`` to uncertainties in [0, 1], shape ``(rows,)``."""
+Scorer = Callable[[torch.Tensor, torch.Tensor, Steps], torch.Tensor]
+"""Hidden state ``(rows, ...)``, timesteps ``(rows,)`` and the operations that may be used, to uncertainties in [0, 1],
+shape ``(rows,)``."""
 
 Watch = Callable[[int, int, torch.Tensor], None]
 """Told an evaluation's row, an exit's column, and the uncertainties there of the samples that still run, on the device,
@@ -92,7 +93,7 @@ class Exits:
         timestep: as the call gives it; a number, or a tensor of one value or of one for each row.
         copies: how often the samples are in the batch, one guidance branch after the other; they stop together.
         hand_over: what is known of the way from unit to unit.
-        steps: takes samples out of the batch, and puts them back.
+        steps: scores samples, takes them out of the batch, and puts them back.
         depths: how many units each sample ran in another guidance branch of this evaluation, which this one follows.
     """
 
@@ -227,7 +228,7 @@ class Exits:
         if np.isinf(threshold):
             below = torch.ones(len(self._active), dtype=torch.bool, device=hidden.device)
         else:
-            uncertainty = self._rule.scorers[column](hidden, self._timesteps(hidden))
+            uncertainty = self._rule.scorers[column](hidden, self._timesteps(hidden), self._steps)
             uncertainty = uncertainty.view(self._copies, len(self._active))
             reduced = self._reduced(uncertainty)
             if self._rule.watch is not None:

@@ -16,6 +16,7 @@ from torch import nn
 from fastdiff.backbones import Backbone, BlockIO, SkipSite, Unit
 from fastdiff.backbones.base import Stage, Step, Streams
 from fastdiff.engine.exits import Exits
+from fastdiff.engine.graphs import Graphs
 from fastdiff.engine.kept import Kept, Reuse, Shape, transformed
 from fastdiff.engine.program import Program
 from fastdiff.engine.skips import Scale, scaled
@@ -260,9 +261,14 @@ def compute_rows(
 
 
 class InstalledHooks:
-    """The acting hooks on one denoiser, from `install` to `remove`."""
+    """The acting hooks on one denoiser, until `remove`.
 
-    def __init__(self, backbone: Backbone) -> None:
+    Args:
+        backbone: the denoiser's units.
+        graphs: records the denoiser's calls; None where they are always computed.
+    """
+
+    def __init__(self, backbone: Backbone, graphs: Graphs | None = None) -> None:
         for unit in backbone.units:
             registry = getattr(unit.module, "_diffusers_hook", None)
             if registry is not None and registry.get_hook(HOOK_NAME) is not None:
@@ -276,6 +282,7 @@ class InstalledHooks:
                 "Call its disable_cache() first."
             )
         self.backbone = backbone
+        self.graphs = graphs
         self._steps = backbone.steps
         self.lowered: tuple[ComputePlan, Program] | None = None  # of the last sampling call
         self.hooks = [UnitHook(unit) for unit in backbone.units]
@@ -318,6 +325,16 @@ class InstalledHooks:
         """
         for hook in self.skip_hooks:
             hook.set(scales, control)
+
+    @property
+    def skip_scales(self) -> tuple[Any, ...] | None:
+        """By how much each module scales its skips in the coming call; None where numbers do not say it all."""
+        if any(hook.scales and any(part is not None for part in hook.control) for hook in self.skip_hooks):
+            return None
+        return tuple(
+            hook.scales and tuple(None if scale is None else float(scale) for scale in hook.scales)
+            for hook in self.skip_hooks
+        )
 
     def compute_all(self) -> None:
         """Make every unit run as if there were no hook."""

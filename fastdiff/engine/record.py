@@ -59,6 +59,9 @@ class DenoiserRecord:
         one_by_one: reasons for which evaluations that could have been one batch were not, with how often.
         skip_scales: by how much each long skip was scaled as the decoder read it, shape ``(skips,)`` in the order in
             which they are made; by evaluation, for those in which any was.
+        graphs: calls that were recorded as CUDA graphs.
+        replays: calls that replayed one.
+        computed: where calls are recorded, reasons for which some were computed nevertheless, with how often.
         peak_bytes: most bytes held at any time in what was kept: residuals, features, predictions made ahead.
         measure: counts and times one full evaluation with this call's shapes; takes a few evaluations when first used.
     """
@@ -71,6 +74,9 @@ class DenoiserRecord:
     batches: list[int] = field(default_factory=list)
     one_by_one: Counter[str] = field(default_factory=Counter)
     skip_scales: dict[int, np.ndarray] = field(default_factory=dict)
+    graphs: int = 0
+    replays: int = 0
+    computed: Counter[str] = field(default_factory=Counter)
     peak_bytes: int = 0
     measure: Callable[[], UnitCosts] | None = None
 
@@ -138,6 +144,10 @@ class DenoiserRecord:
         if self.skip_scales:
             scales = np.array(list(self.skip_scales.values()))
             yield f"  long skips scaled by {scales.min():.3g} to {scales.max():.3g} in {len(scales)} evaluation(s)"
+        if self.replays:
+            yield f"  {self.replays} call(s) replayed from CUDA graphs, {self.graphs} of which were recorded now"
+        for reason, times in self.computed.items():
+            yield f"  {times} call(s) computed without a CUDA graph: {reason}"
         for reason, times in self.one_by_one.items():
             yield f"  {times} batch(es) made one evaluation at a time: {reason}"
         for reason, times in self.fallbacks.items():

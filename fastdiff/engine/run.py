@@ -18,6 +18,7 @@ from fastdiff.backbones import view
 from fastdiff.engine.clock import Grid, StepClock
 from fastdiff.engine.executor import Executor
 from fastdiff.engine.exits import ExitRule
+from fastdiff.engine.graphs import Graphs
 from fastdiff.engine.hooks import InstalledHooks
 from fastdiff.engine.record import RunRecord
 from fastdiff.engine.skips import SkipScales
@@ -130,6 +131,7 @@ def sampling_run(
     scheduler: Any = None,
     timesteps: torch.Tensor | None = None,
     training_steps: int = 1000,
+    cuda_graphs: bool = False,
 ) -> Iterator[SamplingRun]:
     """Accelerate a denoiser in a sampling loop of your own, for the length of a ``with`` block.
 
@@ -140,6 +142,7 @@ def sampling_run(
         timesteps: for a loop without scheduler, the timesteps of its evaluations, noisiest first, shape
             ``(evaluations,)``. Call ``run.tick()`` after each evaluation then.
         training_steps: length of the training grid that ``timesteps`` are counted on.
+        cuda_graphs: record evaluations as CUDA graphs and replay what repeats (`fastdiff.enable`).
 
     Yields:
         The run; its ``record`` says afterwards what happened.
@@ -152,7 +155,7 @@ def sampling_run(
     if (scheduler is None) == (timesteps is None):
         raise ValueError("Give either the scheduler of the loop or the timesteps of its evaluations.")
     chosen = as_methods(methods)
-    hooks = InstalledHooks(view(denoiser, level_of(chosen)))
+    hooks = InstalledHooks(view(denoiser, level_of(chosen)), Graphs() if cuda_graphs else None)
     try:
         schedulers = () if scheduler is None else (scheduler,)
         with SamplingRun({"denoiser": (denoiser, hooks)}, schedulers, chosen) as run:

@@ -1,0 +1,51 @@
+"""What a CUDA graph is to a GPU, for a CPU: the operations of a call, done again on the very same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+READS_ON_THE_HOST = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+"""What a CUDA graph cannot hold."""
+
+
+class Tape(TorchDispatchMode):
+    """Records the operations of a call, without the Python around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in READS_ON_THE_HOST:
+            raise RuntimeError(f"{func} waits for the device")
+        output = func(*args, **(kwargs or {}))
+        self._operations.append((func, args, kwargs or {}, output))
+        return output
+
+    def replay(self) -> None:
+        """Do all operations again, each result in the place of the first time."""
+        with torch.no_grad():
+            for func, args, kwargs, output in self._operations:
+                again = func(*args, **kwargs)
+                for place, value in zip(tree_leaves(output), tree_leaves(again), strict=True):
+                    if isinstance(place, torch.Tensor) and place.data_ptr() != value.data_ptr():
+                        place.copy_(value)
+
+
+def record_on_tape(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    """Records a call as `fastdiff.engine.graphs.Recorder` says.
+
+    Its results are spoilt until it is replayed, because recording a CUDA graph computes nothing.
+    """
+    tape = Tape()
+    with tape:
+        result = function()
+    for value in tree_leaves(result):
+        if isinstance(value, torch.Tensor):
+            value.fill_(float("nan"))
+    return result, tape.replay
