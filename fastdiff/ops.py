@@ -15,6 +15,7 @@ from fastdiff.kernels.qk_norm_rope import qk_norm_rope
 from fastdiff.kernels.residual_norm_modulate import residual_norm_modulate
 from fastdiff.kernels.rows import gather_rows, scatter_rows
 from fastdiff.kernels.skip_shortcut import skip_shortcut
+from fastdiff.kernels.uncertainty_score import uncertainty_score
 
 __all__ = [
     "KernelInputError",
@@ -29,4 +30,5 @@ __all__ = [
     "residual_norm_modulate",
     "scatter_rows",
     "skip_shortcut",
+    "uncertainty_score",
 ]

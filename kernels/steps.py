@@ -1,4 +1,4 @@
-"""What fastdiff itself computes between blocks: forecasts, and the rows of samples that stop one by one.
+"""What fastdiff itself computes between blocks: forecasts, and which samples stop one by one, and their rows.
 
 These are torch's operations. On a model that `fastdiff.optimize` has treated, each is one kernel where that can run.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastdiff.kernels import lincomb, rows
+from fastdiff.kernels import lincomb, rows, uncertainty_score
 from fastdiff.kernels.dispatch import fused
 from fastdiff.kernels.residual_norm_modulate import Rounding
 
@@ -64,6 +64,16 @@ class Steps:
         if self._copies(x, part) and fused("scatter_rows", rows.supported, x, part):
             return rows.scatter_rows(x.clone(), index, part)
         return x.index_copy(0, index, part)
+
+    def score_at_once(self, tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether `uncertainty_score` stands for a linear layer with sigmoid and mean.
+
+        In torch's operations the layer gives numbers of its own dtype, and tokens are given that; the kernel computes
+        with either as with float32.
+        """
+        if self.rounding != "fused" or torch.compiler.is_compiling():
+            return False
+        return fused("uncertainty_score", uncertainty_score.supported, tokens, weight, bias, None)
 
     def _copies(self, *tensors: torch.Tensor) -> bool:
         """Whether kernels may run, and read what lies in memory as these do."""

@@ -14,6 +14,8 @@ from torch import nn
 
 from fastdiff.engine.heads import ExitHead, StageHead
 from fastdiff.errors import ConfigError, ProfileMismatchError
+from fastdiff.kernels.steps import Steps
+from fastdiff.kernels.uncertainty_score import uncertainty_score
 
 if TYPE_CHECKING:
     from fastdiff.backbones import Backbone
@@ -62,9 +64,21 @@ class UncertaintyModule(nn.Module):
         """
         weight = self.probe.weight
         logits = self.probe(tokens.detach().to(weight.dtype)).float()
-        if self.time is not None:
-            logits = logits + self.time(time.to(weight.dtype)).float()[:, None]
+        if (offset := self._offset(time)) is not None:
+            logits = logits + offset.float()[:, None]
         return logits.sigmoid()
+
+    def score(self, tokens: torch.Tensor, time: torch.Tensor, steps: Steps) -> torch.Tensor:
+        """Mean uncertainty of each sample, float32 of shape ``(batch,)``; arguments as of `forward`."""
+        tokens, weight, bias = tokens.detach(), self.probe.weight, self.probe.bias
+        if steps.score_at_once(tokens, weight, bias):
+            return uncertainty_score(tokens, weight, bias, self._offset(time))
+        uncertainty: torch.Tensor = self(tokens, time)
+        return uncertainty.mean((1, 2))
+
+    def _offset(self, time: torch.Tensor) -> torch.Tensor | None:
+        """What the timesteps add to every token's numbers, shape ``(batch, outputs)``."""
+        return None if self.time is None else self.time(time.to(self.time.weight.dtype))
 
 
 class ExitNorm(nn.Module):
@@ -183,20 +197,39 @@ class UncertaintyModules(ModelMixin, ConfigMixin):
                 ``(batch, width, height, width)``.
             timesteps: shape ``(batch,)``.
         """
+        module, arguments = self._asked(exit, hidden_states, timesteps)
+        uncertainty: torch.Tensor = module(*arguments)
+        return uncertainty
+
+    def score(
+        self, exit: int, hidden_states: torch.Tensor, timesteps: torch.Tensor, steps: Steps | None = None
+    ) -> torch.Tensor:
+        """One exit's mean uncertainty for each sample, in (0, 1), float32 of shape ``(batch,)``.
+
+        Args:
+            exit: number of the exit.
+            hidden_states: as of `maps`.
+            timesteps: shape ``(batch,)``.
+            steps: the operations that may be used; None for torch's.
+        """
+        module, arguments = self._asked(exit, hidden_states, timesteps)
+        return module.score(*arguments, steps or Steps())
+
+    def _asked(
+        self, exit: int, hidden_states: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[UncertaintyModule, tuple[torch.Tensor, torch.Tensor]]:
+        """One exit's module, on the hidden state's device, and what it reads."""
         if self.device != hidden_states.device:
             self.to(hidden_states.device)
-        uncertainty: torch.Tensor = self.uncertainty[exit](self.tokens(hidden_states), self._time(timesteps))
-        return uncertainty
+        module = self.uncertainty[exit]
+        assert isinstance(module, UncertaintyModule)
+        return module, (self.tokens(hidden_states), self._time(timesteps))
 
     def _time(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The timesteps' sinusoids, made once for all exits of a call, which hand over the same tensor."""
         if self._timesteps is not timesteps:
             self._timesteps, self._sinusoids = timesteps, sinusoids(timesteps)
         return self._sinusoids
-
-    def score(self, exit: int, hidden_states: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """One exit's mean uncertainty for each sample, in (0, 1), float32 of shape ``(batch,)``."""
-        return self.maps(exit, hidden_states, timesteps).mean((1, 2))
 
     def heads_by_unit(self) -> Mapping[str, nn.Module]:
         """The exits' own heads by the name of the unit they stand before; none where the model's are shared."""

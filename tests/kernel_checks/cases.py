@@ -16,6 +16,7 @@ from fastdiff.kernels import (
     residual_norm_modulate,
     rows,
     skip_shortcut,
+    uncertainty_score,
 )
 
 
@@ -69,6 +70,13 @@ def output_layers(outputs: int, dtype: torch.dtype) -> None:
     exit_head.run(x, weight, bias, vector, vector, scale, shift, 16, 2, "layer", 1e-6)
 
 
+def uncertainty(outputs: int, image: bool, dtype: torch.dtype) -> None:
+    """Modules stay in float32 whatever the model is in, and UNets have pixels for tokens."""
+    tokens = empty(2, 640, 1024, dtype=dtype).mT if image else empty(2, 274, 1152, dtype=dtype)[:, 18:]
+    weight, bias, offset = empty(outputs, tokens.shape[2]), empty(outputs), empty(2, outputs)
+    uncertainty_score.run(tokens, weight, bias, offset)
+
+
 def query(pairs: str, dtype: torch.dtype) -> None:
     joint = empty(2, 4608, 24, 128, dtype=dtype)
     angle = empty(4608, 128)
@@ -87,10 +95,21 @@ def ones(dtype: torch.dtype) -> None:
     residual_norm_modulate.run(row, row, row, one, one, row, row, one, empty(1), "rms", 1e-6, "match_eager")
     group_norm_act.run(image, 1, one, one, image, one, line, line, line, "silu", 1e-5)
     skip_shortcut.run(image, image, line, one, one)
+    uncertainty_score.run(row, line, one, line)
 
 
 LAYOUTS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels last"}
-MODULES = (exit_head, geglu, group_norm_act, lincomb, qk_norm_rope, residual_norm_modulate, rows, skip_shortcut)
+MODULES = (
+    exit_head,
+    geglu,
+    group_norm_act,
+    lincomb,
+    qk_norm_rope,
+    residual_norm_modulate,
+    rows,
+    skip_shortcut,
+    uncertainty_score,
+)
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     **{f"exit_head {outputs}": partial(output_layers, outputs) for outputs in (16, 32, 64)},
     "geglu": partial(feed_forward, "none"),
@@ -103,5 +122,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     **{f"residual_norm_modulate {width}": partial(block_boundary, width) for width in (1152, 3072)},
     **{f"group_norm_act {name}": partial(residual_block, layout) for layout, name in LAYOUTS.items()},
     **{f"skip_shortcut {name}": partial(shortcut, layout) for layout, name in LAYOUTS.items()},
+    **{f"uncertainty_score {outputs}": partial(uncertainty, outputs, False) for outputs in (16, 32, 64)},
+    "uncertainty_score 64 of pixels": partial(uncertainty, 64, True),
     "ones": ones,
 }

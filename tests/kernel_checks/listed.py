@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Case:
 
 def _words(name: str, value: Any) -> str:
     if isinstance(value, bool):
-        return "channels last" if name == "last" and value else ""
+        return {"last": "channels last", "pixels": "pixels"}.get(name, "") if value else ""
     text = "×".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return f"{name.replace('_', ' ')} {text}"
 
@@ -125,6 +126,8 @@ class Transformer:
                 patch=self.patch,
                 channels=self.channels,
             )
+            image = {"tokens": self.columns**2, "width": self.width, "outputs": self.patch**2 * self.latent_channels}
+            yield _case(operations.UncertaintyScore(), self.name, batch=batch, **image)
             if self.heads:
                 shape = {"tokens": self.streams[0], "heads": self.heads, "width": self.width // self.heads}
                 yield _case(operations.QkNormRope(), self.name, batch=batch, **shape)
@@ -170,6 +173,12 @@ class UNet:
                     operations.ResidualNormModulate(), self.name, "block", **tokens, width=width, adaptive=False
                 )
                 yield _case(operations.Geglu(), self.name, **tokens, hidden=4 * width)
+            full = self.levels[0][1]
+            # Exits stand before stages, each of which ends with features enlarged to the size of the next.
+            stages = [(channels, size) for (channels, _), (_, size) in pairwise(self.levels[::-1])]
+            for channels, size in (self.levels[-1], *stages):
+                image = {"tokens": size**2, "width": channels, "outputs": 4 * (full // size) ** 2}
+                yield _case(operations.UncertaintyScore(), self.name, batch=batch, **image, pixels=True)
             channels, size = self.levels[0]
             latents, hidden = (4, size, size), (channels, size, size)
             yield _case(operations.Lincomb(), self.name, "guided step", batch=batch, count=3, sample=latents)
@@ -231,6 +240,7 @@ TINY = (
     _case(operations.Geglu(), "", batch=1, tokens=16, hidden=64),
     _case(operations.GeluTanh(), "", batch=1, tokens=16, hidden=64),
     _case(operations.ExitHead(), "", batch=1, columns=4, width=64, patch=2, channels=4),
+    _case(operations.UncertaintyScore(), "", batch=1, tokens=16, width=64, outputs=16, extra=1),
     _case(operations.QkNormRope(), "", batch=1, tokens=16, heads=2, width=32),
     _case(operations.Lincomb(), "", "guided step", batch=1, count=3, sample=(4, 8, 8)),
     _case(operations.GatherRows(), "", batch=4, tokens=16, width=64),

@@ -285,6 +285,35 @@ class ExitHead(Operation):
         return image.reshape(*image.shape[:2], image.shape[2] * patch, columns * patch)
 
 
+class UncertaintyScore(Operation):
+    """Before an exit: the module, which stays in float32, on tokens behind others, or on a UNet's pixels."""
+
+    name: ClassVar = "uncertainty_score"
+    limits: ClassVar = {"batch": 2, "tokens": 19, "width": 100, "extra": 2}
+
+    def inputs(
+        self, random: Random, batch: int, tokens: int, width: int, outputs: int, extra: int = 0, pixels: bool = False
+    ) -> Given:
+        weight, bias, offset = (
+            random(*shape, dtype=torch.float32) for shape in ((outputs, width), (outputs,), (batch, outputs))
+        )
+        given = random(batch, width, tokens).mT if pixels else random(batch, extra + tokens, width)[:, extra:]
+        return {"tokens": given, "weight": weight / width**0.5, "bias": bias, "offset": offset}
+
+    def eager(self, tokens: Any, weight: Any, bias: Any, offset: Any) -> torch.Tensor:
+        return self._uncertainty(tokens, weight, bias, offset).mean((1, 2))
+
+    def terms(self, tokens: Any, weight: Any, bias: Any, offset: Any) -> torch.Tensor:
+        # A sigmoid passes on a rounding of its argument times its derivative.
+        uncertainty = self._uncertainty(tokens, weight, bias, offset)
+        terms = F.linear(tokens.abs(), weight.abs(), bias.abs()) + offset.abs()[:, None]
+        return (uncertainty + uncertainty * (1 - uncertainty) * terms).mean((1, 2))
+
+    @staticmethod
+    def _uncertainty(tokens: Any, weight: Any, bias: Any, offset: Any) -> torch.Tensor:
+        return torch.sigmoid(F.linear(tokens.to(weight.dtype), weight, bias) + offset[:, None])
+
+
 class QkNormRope(Operation):
     """Queries or keys of Flux."""
 

@@ -41,7 +41,7 @@ def check(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert row["stack"] == row["local"] == row["local_accesses"] == 0, row
         assert row["registers"] <= MAX_REGISTERS, row
-        if row["case"] == "ones" or row["kernel"] == "_lines":
+        if row["case"] == "ones" or row["kernel"] in ("_lines", "_mean"):
             continue  # they read little, however they do it
         assert row["loads_128"] > 0, row
         narrow = NARROW.get((row["kernel"], row["case"]), 0)

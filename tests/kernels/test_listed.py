@@ -25,6 +25,7 @@ LARGE: dict[str, tuple[operations.Operation, dict[str, Any]]] = {
     "geglu": (operations.Geglu(), {"tokens": 1024, "hidden": 512}),
     "gelu_tanh": (operations.GeluTanh(), {"tokens": 1024, "hidden": 1024}),
     "exit_head": (operations.ExitHead(), {"columns": 32, "width": 1024, "patch": 2, "channels": 4}),
+    "uncertainty_score": (operations.UncertaintyScore(), {"tokens": 1024, "width": 1024, "outputs": 16}),
     "qk_norm_rope": (operations.QkNormRope(), {"tokens": 1024, "heads": 8, "width": 128}),
     "lincomb": (operations.Lincomb(), {"count": 2, "sample": (1024, 1024)}),
 }

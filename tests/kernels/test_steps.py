@@ -9,32 +9,37 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from engine.cases import build, denoiser_of, record_of, sample
+from engine.cases import build, denoiser_calls, denoiser_of, record_of, sample
 
 import fastdiff
 from fastdiff import FeatureInheritance, UncertaintyExit
+from fastdiff.backbones import view
 from fastdiff.engine.kept import Kept, Reuse
 from fastdiff.kernels import lincomb, rows
 from fastdiff.kernels import steps as kernel_steps
 from fastdiff.kernels.steps import Steps, steps_of
+from fastdiff.uem import modules
+from tiny import unet_exits
 from tiny.uncertainty import random_modules
 
 STEPS = 7
 KEYS = {"pattern": "list", "keys": (0, 1, 3, 5, 6), "order": 2}
 """Nothing reads what the last two evaluations compute, so that samples may stop in them."""
-SUM, ROWS = {"lincomb"}, {"gather_rows", "scatter_rows"}
+SUM, EXITS = {"lincomb"}, {"uncertainty_score", "gather_rows", "scatter_rows"}
 CASES: dict[str, tuple[str, dict[str, Any] | None, float, set[str]]] = {
     "DiT, forecast": ("DiTPipeline", {"order": 2}, 0, SUM),
     "DiT, forecast of the middle": ("DiTPipeline", {"order": 2, "span": (1, -1)}, 0, SUM),
-    "DiT, exits": ("DiTPipeline", None, 0.45, ROWS),
-    "DiT, both": ("DiTPipeline", KEYS, 0.4, SUM | ROWS),
-    "SD3, exits": ("StableDiffusion3Pipeline", None, 0.45, ROWS),
-    "SD3, both": ("StableDiffusion3Pipeline", KEYS, 0.45, SUM | ROWS),
+    "DiT, exits": ("DiTPipeline", None, 0.45, EXITS),
+    "DiT, both": ("DiTPipeline", KEYS, 0.4, SUM | EXITS),
+    "SD3, exits": ("StableDiffusion3Pipeline", None, 0.45, EXITS),
+    "SD3, both": ("StableDiffusion3Pipeline", KEYS, 0.45, SUM | EXITS),
+    "SD UNet, exits": ("StableDiffusionPipeline", None, 0.5, EXITS - {"scatter_rows"}),
     "SD UNet, forecast": ("StableDiffusionPipeline", {"order": 1, "keep_up": 1}, 0, SUM),
 }
 """A pipeline, how it forecasts, below which uncertainty its samples stop, and the operations for that."""
 EVERY_CASE = pytest.mark.parametrize("case", CASES)
-OPERATIONS = {"lincomb": lincomb, "gather_rows": rows, "scatter_rows": rows}
+OPERATIONS = {"lincomb": lincomb, "uncertainty_score": modules, "gather_rows": rows, "scatter_rows": rows}
+"""Where each is called from."""
 
 
 @pytest.fixture
@@ -57,7 +62,12 @@ def accelerated(case: str) -> DiffusionPipeline:
     pipe = build(name)
     methods: list[Any] = [] if forecast is None else [FeatureInheritance(**forecast)]
     if threshold:
-        methods.append(UncertaintyExit.of(random_modules(pipe.transformer), threshold=threshold))
+        denoiser = denoiser_of(pipe)
+        if view(denoiser).up_steps:
+            made = unet_exits.random_modules(denoiser, denoiser_calls(pipe, name, steps=2)[0])
+        else:
+            made = random_modules(denoiser)
+        methods.append(UncertaintyExit.of(made, threshold=threshold))
     return fastdiff.enable(pipe, methods)
 
 
@@ -68,6 +78,11 @@ def images(pipe: DiffusionPipeline, case: str) -> torch.Tensor:
     # Samples that stop together would not be taken out of the batch.
     assert ("gather_rows" in operations) == any(call.depths is not None and len({*call.depths}) > 1 for call in calls)
     return result
+
+
+def depths(pipe: DiffusionPipeline) -> list[list[int] | None]:
+    """Returns how far each sample went in every call."""
+    return [None if call.depths is None else [*call.depths] for call in record_of(pipe).calls]
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
@@ -96,10 +111,11 @@ def test_kernels_and_references_give_the_same_images(
 ) -> None:
     monkeypatch.setenv("FASTDIFF_KERNELS", mode)
     pipe = accelerated(case)
-    expected = images(pipe, case)
+    expected, stopped = images(pipe, case), depths(pipe)
     kernel_steps.allow(denoiser_of(pipe), "fused")
     result = images(pipe, case)
     assert called.keys() == CASES[case][-1]
+    assert depths(pipe) == stopped
     assert record_of(pipe).skipped > 0
     if mode == "torch":
         assert torch.equal(result, expected)
@@ -109,12 +125,12 @@ def test_kernels_and_references_give_the_same_images(
 
 @EVERY_CASE
 @pytest.mark.usefixtures("forced")
-def test_rounding_as_eager_copies_rows_and_leaves_sums(case: str, called: Counter[str]) -> None:
+def test_rounding_as_eager_copies_rows_and_leaves_the_rest(case: str, called: Counter[str]) -> None:
     pipe = accelerated(case)
     expected = images(pipe, case)
     kernel_steps.allow(denoiser_of(pipe), "match_eager")
     assert torch.equal(images(pipe, case), expected)
-    assert called.keys() == CASES[case][-1] - SUM
+    assert called.keys() == CASES[case][-1] - SUM - {"uncertainty_score"}
 
 
 def test_optimize_asks_and_restore_takes_back(called: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
