@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -43,6 +45,24 @@ def launch(kernel: Any, programs: tuple[int, ...], *args: Any, fp_fusion: bool =
             kernel[programs](*args, enable_fp_fusion=fp_fusion, **options)
     else:
         kernel[programs](*args, enable_fp_fusion=fp_fusion, **options)
+
+
+_recording: ContextVar[object | None] = ContextVar("fastdiff_recording", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Within the block one CUDA graph is recorded: what is computed there may be used there again, and nowhere else."""
+    token = _recording.set(object())
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def current_recording() -> object | None:
+    """Stands for the CUDA graph that is being recorded; None if none is."""
+    return _recording.get()
 
 
 def power_of_two(number: int) -> int:

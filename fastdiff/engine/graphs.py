@@ -21,7 +21,7 @@ from fastdiff.engine.batching import mixing_processor, observed_processor, proce
 from fastdiff.engine.kept import Kept, transformed
 from fastdiff.engine.record import DenoiserRecord
 from fastdiff.engine.settings import PLAIN, Settings
-from fastdiff.kernels import dispatch
+from fastdiff.kernels import dispatch, launch
 
 Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 """Records what a function does. Gives its result, whose tensors hold their values after a replay, and the replay."""
@@ -193,7 +193,8 @@ class Graphs:
             kept.value = value
         args, kwargs = call
         try:
-            output, replay = self._recorder(lambda: self._forward(*args, **kwargs))
+            with launch.recording():
+                output, replay = self._recorder(lambda: self._forward(*args, **kwargs))
         except RuntimeError as error:  # the model does what no graph can hold, such as waiting for the device
             log.warning("A call could not be recorded as a CUDA graph and is computed instead: %s", error)
             return f"it cannot be recorded ({str(error).splitlines()[0]})"

@@ -68,7 +68,7 @@ KINDS: dict[type[nn.Module], Kind] = {
     AdaLayerNormZeroSingle: Kind(transformers.ada_layer_norm_zero_single, _NORM),
     AdaLayerNormContinuous: Kind(transformers.ada_layer_norm_continuous, _NORM),
     CombinedTimestepLabelEmbeddings: Kind(
-        conditions.timestep_label_embeddings, "sinusoids of the timestep once for all blocks", conditions.obstacle
+        conditions.timestep_label_embeddings, "once for all blocks where weights are the same", conditions.obstacle
     ),
     SD35AdaLayerNormZeroX: Kind(transformers.sd35_ada_layer_norm_zero, _NORM),
     GEGLU: Kind(transformers.geglu_layer, "GELU and product in one pass"),
@@ -106,6 +106,7 @@ def optimize(pipe_or_module: Any, *, rounding: Rounding = "fused") -> OptimizeRe
     report = OptimizeReport()
     for prefix, model in _models(pipe_or_module):
         steps.allow(model, rounding)
+        conditions.relate(model)
         replaced = [
             name
             for name, module in model.named_modules()

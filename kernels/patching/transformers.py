@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
+from fastdiff.kernels.patching.conditions import activated
 from fastdiff.kernels.patching.parts import gated, join, patches_together
 from fastdiff.kernels.residual_norm_modulate import Rounding
 
@@ -204,7 +205,7 @@ def ada_layer_norm_zero(
     """`AdaLayerNormZero`."""
     if norm.emb is not None:
         emb = norm.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
-    shift, scale, *others = norm.linear(norm.silu(emb)).chunk(6, dim=1)
+    shift, scale, *others = norm.linear(activated(norm.silu, emb)).chunk(6, dim=1)
     return join(x, norm=norm.norm, scale=scale, shift=shift, rounding=rounding)[1], *others
 
 
