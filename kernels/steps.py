@@ -5,12 +5,12 @@ These are torch's operations. On a model that `fastdiff.optimize` has treated, e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fastdiff.kernels import lincomb, rows, uncertainty_score
 from fastdiff.kernels.dispatch import fused
@@ -45,8 +45,7 @@ class Steps:
             # A model's first hidden state may lie transposed in memory, and what was added to it may not.
             joined = start is not None and lincomb.sample_layout(start) == layout
             given = (*tensors, start) if start is not None and joined else tuple(tensors)
-            coefficients = F.pad(weights, (0, len(given) - len(weights)), value=1.0)
-            coefficients = coefficients.to(tensors[0].device, non_blocking=True)
+            coefficients = _on_device((*weights.tolist(), *[1.0] * joined), tensors[0].device)
             if fused("lincomb", lincomb.supported, coefficients, given, None):
                 total = lincomb.lincomb(coefficients, *given)
                 return total if start is None or joined else start + total
@@ -80,6 +79,13 @@ class Steps:
         if self.rounding is None or torch.compiler.is_compiling():
             return False
         return all(tensor.is_floating_point() and tensor[:1].is_contiguous() for tensor in tensors)
+
+
+@functools.cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Coefficients where a kernel reads them: moved once, not at every step, and before a CUDA graph is recorded."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def steps_of(model: nn.Module) -> Steps:
