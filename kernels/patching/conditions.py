@@ -68,7 +68,7 @@ def timestep_label_embeddings(
     return _remembered(timestep, "embedding", made_from, (first, class_labels), embed)
 
 
-def activated(activation: nn.Module, embedded: torch.Tensor) -> torch.Tensor:
+def activated(activation: nn.Module, embedded: Any) -> torch.Tensor:
     """An activation, once for all blocks that are given the same embedding."""
     if type(activation) is not nn.SiLU or not plain(activation):
         result: torch.Tensor = activation(embedded)
