@@ -159,6 +159,19 @@ class UViT(ModelMixin, AttentionMixin, ConfigMixin):
         Raises:
             ConfigError: if an input is missing, is of another shape, or is one that the model does not take.
         """
+        sample = self.image_of(self.run_blocks(hidden_states, timestep, class_labels, encoder_hidden_states))
+        if self.conv_out is not None:
+            sample = self.conv_out(sample)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def run_blocks(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the last block leaves, shape ``(batch, extra tokens + patches, width)``; arguments as of `forward`."""
         tokens = self._embed(hidden_states, timestep, class_labels, encoder_hidden_states)
         skips = []
         for block in self.transformer_in_blocks:
@@ -169,10 +182,11 @@ class UViT(ModelMixin, AttentionMixin, ConfigMixin):
             assert isinstance(pair, nn.ModuleDict)
             tokens = self._run(pair["skip"], tokens, skips.pop())
             tokens = self._run(pair["block"], tokens)
-        sample = self._unpatchify(self.proj_out(self.norm_out(tokens))[:, self.extra_tokens :])
-        if self.conv_out is not None:
-            sample = self.conv_out(sample)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return tokens
+
+    def image_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the final convolution reads, in the samples' shape, from what the last block leaves."""
+        return self._unpatchify(self.proj_out(self.norm_out(tokens))[:, self.extra_tokens :])
 
     def _run(self, module: nn.Module, *streams: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from torch import nn
 
-from fastdiff.kernels import exit_head, geglu, group_norm_act, residual_norm_modulate
+from fastdiff.kernels import exit_head, geglu, group_norm_act, residual_norm_modulate, skip_shortcut
 from fastdiff.kernels.dispatch import fused
 from fastdiff.kernels.residual_norm_modulate import Norm, Rounding
 
@@ -148,6 +148,19 @@ def patches_together(
     Returns:
         Images of shape ``(batch, channels, height, width)``.
     """
+    image = fused_patches(x, norm, scale, shift, matrix, patch, rounding)
+    if image is not None:
+        return image
+    columns = int(x.shape[1] ** 0.5)
+    patches = matrix(join(x, norm=norm, scale=scale, shift=shift, rounding=rounding)[1])
+    patches = patches.reshape(-1, columns, columns, patch, patch, patches.shape[-1] // patch**2)
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def fused_patches(
+    x: torch.Tensor, norm: Any, scale: Maybe, shift: Maybe, matrix: Any, patch: int, rounding: Rounding
+) -> Maybe:
+    """`patches_together` as one operation, with or without a modulation; None where that does not run."""
     columns = int(x.shape[1] ** 0.5)
     known = type(norm) is nn.LayerNorm and type(matrix) is nn.Linear and plain(norm) and plain(matrix)
     if rounding == "fused" and known and columns**2 == x.shape[1]:
@@ -165,9 +178,26 @@ def patches_together(
                 shift=shift,
                 eps=norm.eps,
             )
-    patches = matrix(join(x, norm=norm, scale=scale, shift=shift, rounding=rounding)[1])
-    patches = patches.reshape(-1, columns, columns, patch, patch, patches.shape[-1] // patch**2)
-    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    return None
+
+
+def merged(x: torch.Tensor, skip: torch.Tensor, matrix: Any, rounding: Rounding) -> torch.Tensor:
+    """``matrix(cat([x, skip], -1))``, where a kernel can run without the concatenation.
+
+    Args:
+        x: tokens of shape ``(batch, tokens, width)``.
+        skip: tokens of a long skip connection, which follow x's channels.
+        matrix: a linear layer.
+        rounding: the kernel only knows ``"fused"``; otherwise a linear layer of torch's runs.
+    """
+    if rounding == "fused" and type(matrix) is nn.Linear and plain(matrix):
+        weight, bias = matrix.weight, matrix.bias
+        # Tokens are the pixels of an image one pixel wide, whose channels come last.
+        tensors = (x.mT.unsqueeze(-1), skip.mT.unsqueeze(-1), weight, bias)
+        if _rows(x, skip, weight, bias) and fused("skip_shortcut", skip_shortcut.supported, *tensors, 1.0):
+            return skip_shortcut.skip_shortcut(*tensors).squeeze(-1).mT
+    result: torch.Tensor = matrix(torch.cat([x, skip], dim=-1))
+    return result
 
 
 def gated(hidden: torch.Tensor, rounding: Rounding) -> torch.Tensor:

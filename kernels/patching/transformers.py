@@ -1,4 +1,4 @@
-"""Forwards of transformer blocks, their adaptive norms and feed-forward activations, and of DiT as a whole.
+"""Forwards of transformer blocks, their adaptive norms and feed-forward activations, and of whole DiTs and U-ViTs.
 
 Each takes what the forward of the diffusers class takes that it stands for, after the module and the rounding.
 """
@@ -13,7 +13,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from fastdiff.kernels.patching.conditions import activated
-from fastdiff.kernels.patching.parts import gated, join, patches_together
+from fastdiff.kernels.patching.parts import fused_patches, gated, join, merged, patches_together
 from fastdiff.kernels.residual_norm_modulate import Rounding
 
 Maybe = torch.Tensor | None
@@ -100,6 +100,29 @@ def dit(
     shift, scale = model.proj_out_1(F.silu(condition)).chunk(2, dim=1)
     image = patches_together(x, model.norm_out, scale, shift, model.proj_out_2, model.patch_size, rounding)
     return Transformer2DModelOutput(sample=image) if return_dict else (image,)
+
+
+def uvit(
+    model: Any,
+    rounding: Rounding,
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor | float,
+    class_labels: Maybe = None,
+    encoder_hidden_states: Maybe = None,
+    return_dict: bool = True,
+) -> Any:
+    """`UViT`: its blocks are called as ever, and its output layers up to the convolution are one operation."""
+    tokens = model.run_blocks(hidden_states, timestep, class_labels, encoder_hidden_states)
+    patches, size = tokens[:, model.extra_tokens :], model.config["patch_size"]
+    image = fused_patches(patches, model.norm_out, None, None, model.proj_out, size, rounding)
+    image = model.image_of(tokens) if image is None else image
+    image = image if model.conv_out is None else model.conv_out(image)
+    return Transformer2DModelOutput(sample=image) if return_dict else (image,)
+
+
+def uvit_skip(module: Any, rounding: Rounding, hidden_states: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    """`UViTSkip`."""
+    return merged(hidden_states, skip, module.skip_linear, rounding)
 
 
 def joint_transformer_block(

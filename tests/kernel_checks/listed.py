@@ -189,7 +189,33 @@ class UNet:
         return next(channels for channels, side in self.levels if side == size)
 
 
-MODELS: tuple[Transformer | UNet, ...] = (
+@dataclass(frozen=True)
+class UViT:
+    """A U-ViT as published.
+
+    Attributes:
+        batches: rows of a guided evaluation, for one image and for many.
+        columns: patches of two by two latents in a row of the image.
+        extra: tokens that are no patches.
+    """
+
+    name: str
+    batches: tuple[int, int]
+    columns: int
+    extra: int
+    width: int
+
+    def cases(self) -> Iterator[Case]:
+        """What one evaluation calls."""
+        for batch in self.batches:
+            size = {"batch": batch, "tokens": self.columns**2 + self.extra, "width": self.width}
+            image = size | {"tokens": self.columns**2, "outputs": 16, "extra": self.extra}
+            yield _case(operations.ResidualNormModulate(), self.name, "block", **size, adaptive=False)
+            yield _case(operations.SkipTokens(), self.name, "tokens", **size)
+            yield _case(operations.UncertaintyScore(), self.name, **image)
+
+
+MODELS: tuple[Transformer | UNet | UViT, ...] = (
     Transformer("DiT-XL/2 256", (2, 64), (256,), columns=16, width=1152, patch=2, channels=8, latent_channels=4),
     Transformer("PixArt-Sigma 1024", (2, 16), (4096,), columns=64, width=1152, patch=2, channels=8, latent_channels=4),
     Transformer(
@@ -199,6 +225,7 @@ MODELS: tuple[Transformer | UNet, ...] = (
     Transformer(
         "Flux 1024", (1, 2), (4608,), columns=64, width=3072, patch=1, channels=64, latent_channels=64, heads=24
     ),
+    UViT("U-ViT-H/2 256", (2, 64), columns=16, extra=2, width=1152),
     UNet(
         "SD1.5 512",
         (2, 16),

@@ -213,6 +213,23 @@ class SkipShortcut(Operation):
         return F.conv2d(torch.cat([x, skip], dim=1).abs(), weight.abs(), bias.abs())
 
 
+class SkipTokens(SkipShortcut):
+    """In front of a block of a U-ViT: tokens, as pixels of an image one pixel wide."""
+
+    limits: ClassVar = {"batch": 2, "tokens": 5, "width": 40}
+
+    def inputs(self, random: Random, batch: int, tokens: int, width: int) -> Given:
+        x, skip = (random(batch, tokens, width).mT.unsqueeze(-1) for _ in range(2))
+        return {"x": x, "skip": skip, "weight": random(width, 2 * width) / width**0.5, "bias": random(width)}
+
+    def eager(self, x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        tokens = torch.cat([x.squeeze(-1).mT, skip.squeeze(-1).mT], dim=-1)
+        return F.linear(tokens, weight, bias).mT.unsqueeze(-1)
+
+    def terms(self, x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return self.eager(x.abs(), skip.abs(), weight.abs(), bias.abs())
+
+
 class Geglu(Operation):
     """As UNets have it: with the error function."""
 

@@ -31,6 +31,7 @@ MODELS: dict[str, tuple[TinyModel, Callable[[], nn.Module] | None]] = {
         lambda: build_model(SD3Transformer2DModel, SD3 | {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}),
     ),
     "Flux": (TINY_MODELS["FluxTransformer2DModel"], None),
+    "U-ViT": (TINY_MODELS["UViT"], None),
     **_UNETS,
 }
 """One model for every kind of block whose forward is replaced."""

@@ -308,6 +308,16 @@ def test_hooks_on_norms_are_called(joined: list[int]) -> None:
     assert not joined
 
 
+def test_hooks_on_output_layers_and_skips_are_called(reference: None) -> None:
+    model, seen = build("U-ViT"), []
+    fastdiff.optimize(model)
+    layers = [model.norm_out, model.proj_out, *(pair["skip"].skip_linear for pair in model.transformer_out_blocks)]
+    for layer in layers:
+        layer.register_forward_hook(lambda *arguments: seen.append(arguments[0]))
+    call(model, inputs("U-ViT"))
+    assert {*seen} == {*layers}
+
+
 def test_every_kind_has_a_reason_to_be_there() -> None:
     """A class that no tiny model has would go untested."""
     found = {type(module) for name in MODELS for module in build(name).modules()}

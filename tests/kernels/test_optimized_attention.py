@@ -19,11 +19,12 @@ from kernel_checks.patched import build, call, inputs
 from torch import nn
 
 import fastdiff
-from fastdiff.kernels import exit_head, qk_norm_rope
+from fastdiff.kernels import exit_head, qk_norm_rope, skip_shortcut
 from tiny.base import build as build_model
 from tiny.joint import SD3
 
 QUERIES_AND_KEYS = 2
+OPERATIONS = {"qk_norm_rope": qk_norm_rope, "exit_head": exit_head, "skip_shortcut": skip_shortcut}
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each operation ran, by its reference."""
     monkeypatch.setenv("FASTDIFF_KERNELS", "torch")
     calls: Counter[str] = Counter()
-    for name, module in {"qk_norm_rope": qk_norm_rope, "exit_head": exit_head}.items():
+    for name, module in OPERATIONS.items():
         run = getattr(module, name)
 
         def counting(*args: Any, name: str = name, run: Any = run, **kwargs: Any) -> Any:
@@ -50,7 +51,7 @@ def streams(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rounding", ["fused", "match_eager"])
-@pytest.mark.parametrize("name", ["Flux", "SD3.5", "DiT"])
+@pytest.mark.parametrize("name", ["Flux", "SD3.5", "DiT", "U-ViT"])
 def test_which_operations_run(name: str, rounding: Any, dtype: torch.dtype, called: Counter[str]) -> None:
     model, arguments = build(name, dtype), inputs(name, dtype)
     call(model, arguments)
@@ -58,8 +59,9 @@ def test_which_operations_run(name: str, rounding: Any, dtype: torch.dtype, call
     assert not called
     call(model, arguments)
     expected: Counter[str] = Counter()
-    if name == "DiT":
+    if name in ("DiT", "U-ViT"):
         expected["exit_head"] = int(rounding == "fused")
+        expected["skip_shortcut"] = int(rounding == "fused") * len(getattr(model, "transformer_out_blocks", ()))
     elif (name, rounding, dtype) != ("SD3.5", "match_eager", torch.bfloat16):  # its norm rounds once more
         expected["qk_norm_rope"] = QUERIES_AND_KEYS * streams(model)
         assert streams(model) > 4

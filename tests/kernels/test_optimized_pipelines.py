@@ -27,8 +27,10 @@ from fastdiff.pipelines import pipeline
 
 ORDER = pytest.mark.parametrize("first", ["optimize", "other"])
 KINDS = pytest.mark.parametrize(
-    "name", ["DiTPipeline", "PixArtAlphaPipeline", "FluxPipeline", "StableDiffusionPipeline"]
+    "name", ["DiTPipeline", "PixArtAlphaPipeline", "FluxPipeline", "UViTPipeline", "StableDiffusionPipeline"]
 )
+WEIGHTED = ("UViTPipeline", "StableDiffusionPipeline")
+"""Where all norms have weights."""
 METHODS = {"StableDiffusionPipeline": "deepcache"}
 """What mixes computed and reused units in each pipeline; by default exits and reuse."""
 
@@ -239,7 +241,7 @@ def test_offloading_before_and_after(name: str, kind: str, first: str, reference
     assert torch.equal(sample(pipe, name), plain)
     assert torch.equal(sample(pipe, name), plain)  # offloading the whole model puts its hooks on anew
     # Where norms have hooks that load their weights, the models' own operations call them.
-    assert reference or kind in ("group", "hooks of both") or (kind == "sequential" and "Stable" in name)
+    assert reference or kind in ("group", "hooks of both") or (kind == "sequential" and name in WEIGHTED)
     fastdiff.restore(pipe)
     assert not any(map(is_replaced, denoiser_of(pipe).modules()))
     assert torch.equal(sample(pipe, name), plain)

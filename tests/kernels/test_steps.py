@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any] | None, float, set[str]]] = {
     "DiT, both": ("DiTPipeline", KEYS, 0.4, SUM | EXITS),
     "SD3, exits": ("StableDiffusion3Pipeline", None, 0.45, EXITS),
     "SD3, both": ("StableDiffusion3Pipeline", KEYS, 0.45, SUM | EXITS),
+    "U-ViT, exits": ("UViTPipeline", None, 0.45, EXITS),
     "SD UNet, exits": ("StableDiffusionPipeline", None, 0.5, EXITS - {"scatter_rows"}),
     "SD UNet, forecast": ("StableDiffusionPipeline", {"order": 1, "keep_up": 1}, 0, SUM),
 }
