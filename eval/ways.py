@@ -7,6 +7,7 @@
 - ``exit-schedule:d-min=4..12``: a range makes a way of each number; 4..12..2 takes every second
 - ``feature-inheritance:interval={2,3,5}``: a list makes a way of each entry
 - ``deepcache:interval=3``: another package, see `fastdiff.eval.peers`
+- ``kernels``: after `fastdiff.optimize`, alone or with methods; ``kernels:torch`` at this value of ``FASTDIFF_KERNELS``
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import fastdiff
 from fastdiff.errors import ConfigError
+from fastdiff.kernels.dispatch import MODES
 from fastdiff.methods import ExitSchedule, FeatureInheritance, Method, SavedPlan
 from fastdiff.pipelines.acceleration import preset_methods
 from fastdiff.spec import PLAN, SAVED, format_method, kebab, method_classes, parse_method
@@ -39,6 +42,11 @@ MAIN = "main"
 
 BASELINE, FEWER_STEPS = "full", "fewer-steps"
 """Groups of plain ways."""
+
+KERNELS = "kernels"
+"""In specifications, that the pipeline is optimised."""
+
+MODE = "FASTDIFF_KERNELS"
 
 MOST_WAYS = 1000
 """One specification makes at most so many ways."""
@@ -57,6 +65,7 @@ class Way:
         num_inference_steps: of the pipeline's call.
         methods: of fastdiff's; none of these and no peer is the plain pipeline.
         peer: another package's acceleration, in place of methods.
+        kernels: the value of ``FASTDIFF_KERNELS`` with which the pipeline is optimised; None where it is not.
         model: which of a sweep's pipelines samples, such as a fine-tuned copy.
         label: its name for a person, where the group stands beside it.
         group: what kind of way it is; the ways of a group differ in strength, and are a line in a plot.
@@ -68,6 +77,7 @@ class Way:
     num_inference_steps: int
     methods: tuple[Method, ...] = ()
     peer: Peer | None = None
+    kernels: str | None = None
     model: str = MAIN
     label: str = field(default="", compare=False)
     group: str = field(default="", compare=False)
@@ -82,7 +92,7 @@ class Way:
     @property
     def is_plain(self) -> bool:
         """Whether this is the pipeline as it is."""
-        return not self.methods and self.peer is None
+        return not self.methods and self.peer is None and self.kernels is None
 
     @property
     def spec(self) -> str:
@@ -90,6 +100,8 @@ class Way:
         parts = [f"steps:{self.num_inference_steps}", *map(_format, self.methods)]
         if self.peer is not None:
             parts.append(str(self.peer))
+        if self.kernels is not None:
+            parts.append(f"{KERNELS}:{self.kernels}")
         return "+".join(parts)
 
     @property
@@ -117,11 +129,29 @@ class Way:
         fastdiff.disable(pipe)
         if self.methods:
             fastdiff.enable(pipe, self.methods)
+        peer = self.peer.applied(pipe, self.num_inference_steps) if self.peer is not None else nullcontext()
+        kernels = _optimized(pipe, self.kernels) if self.kernels is not None else nullcontext()
         try:
-            with self.peer.applied(pipe, self.num_inference_steps) if self.peer is not None else nullcontext():
+            with kernels, peer:
                 yield pipe
         finally:
             fastdiff.disable(pipe)
+
+
+@contextmanager
+def _optimized(pipe: DiffusionPipeline, mode: str) -> Iterator[None]:
+    """Within the block a pipeline runs the operations of `fastdiff.ops`, as this mode decides between them."""
+    before = os.environ.get(MODE)
+    fastdiff.optimize(pipe)
+    os.environ[MODE] = mode
+    try:
+        yield
+    finally:
+        fastdiff.restore(pipe)
+        if before is None:
+            del os.environ[MODE]
+        else:
+            os.environ[MODE] = before
 
 
 def plain(num_inference_steps: int, *, model: str = MAIN, is_baseline: bool = False) -> Way:
@@ -222,11 +252,15 @@ def _parse(spec: str, steps: int, model: str, units: int | None) -> Way:
     labels: list[str] = []
     groups: list[str] = []
     given_steps: list[int] = []
+    kernels: list[str] = []
     for part in re.split(r"\+(?=\s*[A-Za-z][\w-]*\s*(?:[:+]|$))", spec):
         name, _, rest = (text.strip() for text in part.partition(":"))
         name = kebab(name)
         if name == "steps":
             given_steps.append(_whole(rest, part))
+            continue
+        if name == KERNELS:
+            kernels.append(_mode(rest, part))
             continue
         if name == "preset":
             methods += preset_methods(rest)
@@ -236,16 +270,18 @@ def _parse(spec: str, steps: int, model: str, units: int | None) -> Way:
             peers.append(_peer(part, name))
         groups.append(name)
         labels.append(" ".join(filter(None, (name, _file_label(rest) if name in (PLAN, SAVED) else rest))))
-    if len(given_steps) > 1 or len(peers) > 1:
-        raise ConfigError(f"One number of steps and one other package at most; got {spec!r}.")
+    if max(map(len, (given_steps, peers, kernels))) > 1:
+        raise ConfigError(f"One number of steps, one other package, and kernels once at most; got {spec!r}.")
     steps = given_steps[0] if given_steps else steps
-    if not groups:
+    if not groups and not kernels:
         return plain(steps, model=model)
     if given_steps:
         labels.append(f"{steps} steps")
-    return Way(
-        steps, tuple(methods), peers[0] if peers else None, model, label=" + ".join(labels), group=" + ".join(groups)
-    )
+    if kernels:
+        labels.append(KERNELS if kernels[0] == "auto" else f"{KERNELS} {kernels[0]}")
+        groups.append(KERNELS)
+    peer, mode = (parts[0] if parts else None for parts in (peers, kernels))
+    return Way(steps, tuple(methods), peer, mode, model, label=" + ".join(labels), group=" + ".join(groups))
 
 
 def _file_label(path: str) -> str:
@@ -259,12 +295,18 @@ def _whole(text: str, spec: str) -> int:
     return int(text)
 
 
+def _mode(text: str, spec: str) -> str:
+    if (mode := text or MODES[0]) not in MODES:
+        raise ConfigError(f"kernels:MODE takes one of {', '.join(MODES)}; got {spec!r}.")
+    return mode
+
+
 def _peer(spec: str, name: str) -> Peer:
     from fastdiff.eval.peers import names, parse_peer
 
     if name not in names():
         raise ConfigError(
-            f"There is no way of sampling {name!r}; there are steps:NUMBER, preset:NAME, "
+            f"There is no way of sampling {name!r}; there are steps:NUMBER, preset:NAME, {KERNELS}, "
             f"{', '.join(method_classes())}, {PLAN}:FILE, {SAVED}:FILE, and of other packages {', '.join(names())}."
         )
     return parse_peer(spec)

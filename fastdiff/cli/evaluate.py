@@ -61,8 +61,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="methods",
         action="append",
         metavar="SPEC",
-        help="a way of fastdiff's: NAME:field=value,..., several joined by +, preset:NAME, plan:FILE. Ranges such as "
-        "d-min=4..12 and lists such as interval={2,3,5} make several ways; COPY@SPEC samples with a copy",
+        help="a way of fastdiff's: NAME:field=value,..., several joined by +, preset:NAME, plan:FILE, kernels alone or "
+        "with these. Ranges such as d-min=4..12 and lists such as interval={2,3,5} make several ways; COPY@SPEC "
+        "samples with a copy",
     )
     ways.add_argument(
         "--baseline",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastdiff.cli.options import (
     add_device_options,
     add_method_options,
+    add_speed_options,
     call,
     load_pipeline,
     new_parser,
@@ -60,6 +61,7 @@ def add_parser(subparsers: Any) -> None:
         "--arg", action="append", default=[], metavar="NAME=VALUE", help="any other argument of the pipeline's call"
     )
     add_device_options(parser)
+    add_speed_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -68,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     from fastdiff.output import staged_folder
 
     with staged_folder(options.out) as folder:
-        pipe = load_pipeline(options, options.model)
+        pipe = load_pipeline(options, options.model, kernels=options.kernels, cuda_graphs=options.cuda_graphs)
         conditions = _conditions(pipe, options)
         shared = _shared_arguments(pipe, options)
         files: list[str] = []
@@ -235,6 +237,8 @@ def _write_record(
             )
         },
         "dtype": options.dtype,
+        "kernels": options.kernels,
+        "cuda_graphs": options.cuda_graphs,
         "environment": describe_environment(pipe.device),
         "files": files,
         "calls": [
@@ -260,6 +264,11 @@ def describe_run(record: RunRecord | None) -> dict[str, Any]:
             "macs_share": denoiser.macs_share,
             "peak_bytes": denoiser.peak_bytes,
             "fallbacks": dict(denoiser.fallbacks),
+            "graphs": {
+                "recorded": denoiser.graphs,
+                "replayed": denoiser.replays,
+                "computed": dict(denoiser.computed),
+            },
         }
         for name, denoiser in (record.denoisers.items() if record else ())
     }

@@ -67,6 +67,16 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
 
 
+def add_speed_options(parser: argparse.ArgumentParser) -> None:
+    """``--kernels`` and ``--cuda-graphs``."""
+    parser.add_argument(
+        "--kernels", choices=("auto", "off"), default="off", help="auto: fused kernels where the device has them"
+    )
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="replay evaluations that repeat as one launch, on NVIDIA GPUs"
+    )
+
+
 def chosen_methods(options: argparse.Namespace) -> tuple[Method, ...] | None:
     """The methods named by ``--method``, or None if there is none.
 
@@ -95,8 +105,13 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def load_pipeline(options: argparse.Namespace, model: str, *, on_unsupported: str = "raise") -> DiffusionPipeline:
+def load_pipeline(options: argparse.Namespace, model: str, **kwargs: Any) -> DiffusionPipeline:
     """Load a pipeline with the methods, device and dtype that the options name.
+
+    Args:
+        options: of the command.
+        model: as in `FastDiffPipeline.from_pretrained`.
+        **kwargs: further arguments of that.
 
     Raises:
         FastDiffError: as `FastDiffPipeline.from_pretrained` does.
@@ -105,7 +120,7 @@ def load_pipeline(options: argparse.Namespace, model: str, *, on_unsupported: st
 
     methods = chosen_methods(options)
     device = choose_device(options.device)
-    return load(model, device, options.dtype, methods=methods, preset=options.preset, on_unsupported=on_unsupported)
+    return load(model, device, options.dtype, methods=methods, preset=options.preset, **kwargs)
 
 
 def parse_value(text: str) -> Any:

@@ -48,6 +48,21 @@ def test_generate_makes_the_images_that_plain_diffusers_makes(tiny_dit: Path, tm
     assert np.abs(difference).max() <= 1
 
 
+def test_generate_with_kernels_and_graphs(tiny_dit: Path, tmp_path: Path, command: Command) -> None:
+    """On a CPU neither runs, the images are the same, and the record says why."""
+    arguments = ("--class-labels", 1, 2, "--num-inference-steps", 4, "--preset", "off", "--device", "cpu")
+    for name, options in (("plain", ()), ("fused", ("--kernels", "auto", "--cuda-graphs"))):
+        status, _, _ = command("generate", tiny_dit, *arguments, *options, "--out", tmp_path / name)
+        assert status == 0
+    assert np.array_equal(pictures(tmp_path / "plain"), pictures(tmp_path / "fused"))
+    record = json.loads((tmp_path / "fused" / "record.json").read_text())
+    assert (record["kernels"], record["cuda_graphs"]) == ("auto", True)
+    graphs = record["calls"][0]["denoisers"]["transformer"]["graphs"]
+    assert graphs["recorded"] == graphs["replayed"] == 0
+    assert list(graphs["computed"].values()) == [4]
+    assert "weights are on cpu" in next(iter(graphs["computed"]))
+
+
 def test_generate_records_what_ran(tiny_dit: Path, tmp_path: Path, command: Command) -> None:
     out = tmp_path / "out"
     arguments = ("--class-labels", 1, 2, 3, "--batch", 2, "--num-inference-steps", 10, "--guidance-scale", 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -60,6 +61,42 @@ def test_exponents_are_no_plus_between_parts() -> None:
 def test_presets() -> None:
     assert one("preset:fast").methods == PRESETS["fast"]
     assert one("preset:off").is_plain
+
+
+def test_kernels() -> None:
+    way = one("kernels")
+    assert (way.kernels, way.methods, way.is_plain) == ("auto", (), False)
+    assert (way.key, way.label, way.group) == ("steps-50+kernels-auto", "kernels", "kernels")
+    both = one("encoder-propagation:keys=3 + kernels:torch + steps:10")
+    assert (both.num_inference_steps, both.methods, both.kernels) == (10, (EncoderPropagation(3),), "torch")
+    assert both.label == "encoder-propagation keys=3 + 10 steps + kernels torch"
+    assert parse_ways([both.spec], 50) == (both,)
+    with pytest.raises(ConfigError, match="auto, triton, torch"):
+        one("kernels:fast")
+    with pytest.raises(ConfigError, match="kernels once"):
+        one("kernels+kernels:torch")
+
+
+@pytest.mark.parametrize("mode", [None, "explain"])
+def test_kernels_are_on_a_pipeline_while_it_samples(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mode is None:
+        monkeypatch.delenv("FASTDIFF_KERNELS", raising=False)
+    else:
+        monkeypatch.setenv("FASTDIFF_KERNELS", mode)
+    tiny = TINY_PIPELINES["DiTPipeline"]
+    pipe = tiny.build()
+
+    def latents(way: Way) -> torch.Tensor:
+        torch.manual_seed(0)
+        with way.applied(pipe):
+            return torch.as_tensor(pipe(**tiny.inputs(), return_dict=False)[0])
+
+    plain, same, other = (latents(one(spec)) for spec in ("steps:4", "kernels", "kernels:torch"))
+    assert torch.equal(plain, same)  # no kernel runs on a CPU
+    assert not torch.equal(plain, other)
+    torch.testing.assert_close(plain, other, rtol=1e-3, atol=1e-4)
+    assert os.environ.get("FASTDIFF_KERNELS") == mode
+    assert fastdiff.restore(pipe) == 0
 
 
 def test_a_saved_plan(tmp_path: Path) -> None:
