@@ -48,10 +48,12 @@ def check(rows: list[dict[str, Any]]) -> None:
         assert row["loads_16"] <= narrow, row
 
 
-def test_kernels_compile_for_sm_90(tmp_path: Path) -> None:
-    check(compiled(tmp_path, "bfloat16", 90))
+EVERY_RUN = [("bfloat16", capability) for capability in (80, 90, 100, 120)] + [("float16", 90), ("float32", 90)]
+NOW_AND_THEN = [(dtype, capability) for capability in (80, 100, 120) for dtype in ("float16", "float32")]
 
 
-@pytest.mark.slow
-def test_kernels_compile_for_all_targets(tmp_path: Path) -> None:
-    check(compiled(tmp_path, "float16,bfloat16,float32", 80, 90, 100, 120))
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [*EVERY_RUN, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in NOW_AND_THEN)]
+)
+def test_kernels_compile(dtype: str, capability: int, tmp_path: Path) -> None:
+    check(compiled(tmp_path, dtype, capability))
