@@ -291,11 +291,12 @@ def measured(cell: Cell, denoiser: Denoiser, args: argparse.Namespace) -> dict[s
 
 
 def did(record: Any) -> dict[str, Any]:
-    """What the library says of a run: how much was computed, and what it did otherwise than planned."""
+    """What the library says of a run: how much was computed, and where it did otherwise than asked for."""
     if record is None:
-        return {"computed_share": 1.0, "otherwise": []}
-    reasons = {**record.fallbacks, **record.one_by_one, **record.computed}
-    return {"computed_share": record.computed_share, "otherwise": [f"{n}× {why}" for why, n in reasons.items()]}
+        return {"computed_share": 1.0, "notes": []}
+    said = [*record.fallbacks.items(), *record.one_by_one.items()]
+    said += [(f"without a CUDA graph: {why}", times) for why, times in record.computed.items()]
+    return {"computed_share": record.computed_share, "notes": [f"{times}× {why}" for why, times in said]}
 
 
 def _modules(module: ModelMixin, arguments: dict[str, Any]) -> UncertaintyModules:
@@ -320,6 +321,12 @@ def _forget_compiled() -> None:
             for kernel in vars(module).values():
                 if hasattr(kernel, "device_caches"):
                     kernel.device_caches.clear()
+
+
+def _load_compiler(device: str, backend: str) -> None:
+    """What compilers load once in a process is no model's cold start."""
+    torch.compile(torch.square, backend=backend)(torch.ones(8, device=device))
+    _forget_compiled()
 
 
 def tried(cell: Cell, denoiser: Denoiser, args: argparse.Namespace) -> dict[str, Any]:
@@ -425,6 +432,8 @@ def measure_all(results: dict[str, Any], args: argparse.Namespace) -> None:
     """Measure what was asked for and is not known; each model is on the device for as long as it is measured."""
     asked = set(cells(args))
     open_rows = [row for row in results["rows"] if Cell.of(row) in asked and not (row["measured"] or row["refused"])]
+    if open_rows:
+        _load_compiler(args.device, args.backend)
     progress = tqdm(total=len(open_rows), desc="models, batches, builds and plans")
     for model in args.models:
         rows = [row for row in open_rows if row["model"] == model]

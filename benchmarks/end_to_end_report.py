@@ -125,14 +125,13 @@ def _numbers(row: dict[str, Any]) -> list[str]:
 
 
 def _reasons(rows: list[dict[str, Any]]) -> list[str]:
-    """Why rows have no numbers, and what was done otherwise than planned; each said once."""
+    """Why rows have no numbers, and what the library says of those that have; each said once."""
     said: dict[str, list[str]] = {}
     for row in rows:
         place = f"{PLANS[row['plan']]}, {BUILDS[row['build']].title}"
-        found = [(word, row[word]) for word in (REFUSED, FAILED) if row[word]]
-        found += [("otherwise than planned", why) for why in (row["measured"] or {}).get("otherwise", ())]
-        for word, why in found:
-            places = said.setdefault(f"{word}: {why}", [])
+        found = [f"{word}: {row[word]}" for word in (REFUSED, FAILED) if row[word]]
+        for why in found + (row["measured"]["notes"] if row["measured"] else []):
+            places = said.setdefault(why, [])
             if place not in places:
                 places.append(place)
     lines = []

@@ -17,7 +17,9 @@ from end_to_end import Cell, Sampling
 
 from fastdiff.backbones import view
 from fastdiff.cost import flop_counter
+from fastdiff.engine.graphs import Graphs
 from fastdiff.errors import StateError
+from tiny.tape import record_on_tape
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 TRY = ("--small", "--device", "cpu", "--backend", "eager", "--dtype", "float32", "--steps", "2", "--rounds", "1")
@@ -36,7 +38,7 @@ TIMES = {
     "cold_start": 3.0,
     "peak_bytes": 5 * 2**30,
     "computed_share": 0.5,
-    "otherwise": [],
+    "notes": [],
 }
 
 
@@ -152,7 +154,7 @@ def test_small_models_are_measured_and_nothing_twice(tmp_path: Path, monkeypatch
         assert times["cold_start"] > 0
         assert len(times["seconds"]) == times["speedup"]["pairs"] == 1
         assert times["computed_share"] == (1.0 if row["plan"] == "full" else 0.5)
-        assert any("on cpu" in why for why in times["otherwise"]) == (row["build"] == "graphs")
+        assert any("without a CUDA graph" in note for note in times["notes"]) == (row["build"] == "graphs")
         assert row["build"] != "compile-kernels" or times["cold_start"] > 0.3  # a compiler takes its time
     table = out.with_suffix(".md").read_text()
     assert sum(line.startswith("| 1 |") for line in table.splitlines()) == len(expected)
@@ -259,7 +261,16 @@ def test_decoders_of_several_evaluations_are_one_batch() -> None:
     method = end_to_end.method_of("parallel", view(denoiser.module), end_to_end._no_modules)
     record = Sampling(denoiser, denoiser.module, 1, 6, method)()
     assert record.batches == [4]
-    assert end_to_end.did(record)["otherwise"] == []
+    assert end_to_end.did(record)["notes"] == []
+
+
+def test_recorded_evaluations_are_replayed_from_call_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end_to_end, "Graphs", lambda: Graphs(record_on_tape, ("cpu",)))
+    denoiser = Denoiser(DIT, small=True)
+    sampling = Sampling(denoiser, denoiser.twin(), 1, 3, graphs=True)
+    records = [sampling() for _ in range(end_to_end.WARM_UP + 1)]
+    assert [record.graphs for record in records] == [1, 0, 0]
+    assert records[-1].replays == len(records[-1].calls) == 3
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
