@@ -270,7 +270,7 @@ def _parse(spec: str, steps: int, model: str, units: int | None) -> Way:
             peers.append(_peer(part, name))
         groups.append(name)
         labels.append(" ".join(filter(None, (name, _file_label(rest) if name in (PLAN, SAVED) else rest))))
-    if max(map(len, (given_steps, peers, kernels))) > 1:
+    if any(len(given) > 1 for given in (given_steps, peers, kernels)):
         raise ConfigError(f"One number of steps, one other package, and kernels once at most; got {spec!r}.")
     steps = given_steps[0] if given_steps else steps
     if not groups and not kernels:
@@ -280,7 +280,7 @@ def _parse(spec: str, steps: int, model: str, units: int | None) -> Way:
     if kernels:
         labels.append(KERNELS if kernels[0] == "auto" else f"{KERNELS} {kernels[0]}")
         groups.append(KERNELS)
-    peer, mode = (parts[0] if parts else None for parts in (peers, kernels))
+    peer, mode = next(iter(peers), None), next(iter(kernels), None)
     return Way(steps, tuple(methods), peer, mode, model, label=" + ".join(labels), group=" + ".join(groups))
 
 
