@@ -30,8 +30,8 @@ listed with the reason.
 
 The file given by --out is written after every row. Rows that it holds already for the same machine, code and settings
 are kept, so that an interrupted run goes on where it stopped and models can be measured one by one; on another machine
-or with other code all begin anew. Without an accelerator nothing is measured, and the table says so; multiply-
-accumulates are counted in any case.
+or with other code all begin anew, and those that are not asked for are listed as not measured. Without an accelerator
+nothing is measured, and the table says so; multiply-accumulates are counted in any case.
 """
 
 from __future__ import annotations
@@ -42,24 +42,25 @@ import hashlib
 import json
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from torch import nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in map(str, (ROOT / "benchmarks", ROOT / "tests")) if path not in sys.path]
 
 import architectures  # noqa: E402
-from architectures.denoisers import GUIDANCE, PUBLISHED, Denoiser, counted  # noqa: E402
-from end_to_end_report import BUILDS, PLANS, Build, as_table, draw  # noqa: E402
+from architectures.denoisers import PUBLISHED, Denoiser, counted  # noqa: E402
+from end_to_end_loop import Sampling, did, forget_compiled, fresh_cache, load_compiler, make  # noqa: E402
+from end_to_end_report import BUILDS, PLANS, as_table, draw  # noqa: E402
 from kernel_checks.listed import MODELS  # noqa: E402
 
 import fastdiff  # noqa: E402
@@ -67,9 +68,6 @@ from fastdiff import EncoderPropagation, ExitSchedule, UncertaintyExit  # noqa: 
 from fastdiff.backbones import Backbone, view  # noqa: E402
 from fastdiff.cost import UnitCosts, synchronize  # noqa: E402
 from fastdiff.engine.clock import Grid  # noqa: E402
-from fastdiff.engine.graphs import Graphs  # noqa: E402
-from fastdiff.engine.hooks import InstalledHooks  # noqa: E402
-from fastdiff.engine.run import SamplingRun  # noqa: E402
 from fastdiff.errors import FastDiffError  # noqa: E402
 from fastdiff.eval import describe_environment, paired_ratio  # noqa: E402
 from fastdiff.eval.speed import timed_rounds  # noqa: E402
@@ -190,71 +188,6 @@ def describe(model: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict
 # -- what is run -------------------------------------------------------------------------------------------------------
 
 
-def make(module: ModelMixin, how: Build, backend: str) -> None:
-    """Optimise and compile a model as a build says."""
-    if how.kernels:
-        fastdiff.optimize(module)
-    if how.compiled:
-        if not getattr(module, "_repeated_blocks", None):  # diffusers does not name them in every class
-            module._repeated_blocks = sorted({type(unit.module).__name__ for unit in view(module).units})
-        module.compile_repeated_blocks(fullgraph=True, backend=backend)
-
-
-class Sampling:
-    """A sampling loop.
-
-    Args:
-        denoiser: what its calls are given.
-        module: the build of it that is called.
-        images: at a time.
-        steps: of the scheduler.
-        method: what to do, if anything.
-        graphs: whether evaluations are replayed as CUDA graphs.
-    """
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        module: ModelMixin,
-        images: int,
-        steps: int,
-        method: Method | None = None,
-        graphs: bool = False,
-    ) -> None:
-        self._denoiser, self._module, self._steps = denoiser, module, steps
-        self._copies = denoiser.rows(1)
-        self._noise = denoiser.latents(images)
-        self._conditions = denoiser.conditions(denoiser.rows(images))
-        self._methods = () if method is None else (method,)
-        self._graphs = graphs
-        self._hooks: InstalledHooks | None = None
-
-    def _run(self, scheduler: Any) -> AbstractContextManager[Any]:
-        """The library's part, as in a pipeline: hooks and what is recorded stay from one call to the next."""
-        if not (self._methods or self._graphs):
-            return nullcontext()
-        if self._hooks is None:
-            self._hooks = InstalledHooks(view(self._module), Graphs() if self._graphs else None)
-        return SamplingRun({"denoiser": (self._module, self._hooks)}, (scheduler,), self._methods)
-
-    @torch.no_grad()
-    def __call__(self, evaluations: int | None = None) -> Any:
-        """Sample, or make the first evaluations only; returns what the library recorded, if it had a part in it."""
-        scheduler, latents = self._denoiser.scheduler(), self._noise
-        with self._run(scheduler) as sampled:
-            scheduler.set_timesteps(self._steps, device=latents.device)
-            for timestep in scheduler.timesteps[:evaluations]:
-                rows = torch.cat([latents] * self._copies)
-                arguments = self._denoiser.arguments(rows, timestep, self._conditions)
-                predicted = self._module(**arguments, return_dict=False)[0]
-                predicted = predicted[:, : latents.shape[1]]  # some predict a variance too
-                if self._copies == 2:
-                    plain, conditional = predicted.chunk(2)
-                    predicted = plain + GUIDANCE * (conditional - plain)
-                latents = scheduler.step(predicted, timestep, latents, return_dict=False)[0]
-        return sampled and sampled.record.denoisers["denoiser"]
-
-
 def measured(cell: Cell, denoiser: Denoiser, args: argparse.Namespace) -> dict[str, Any]:
     """A cell's times and memory, JSON-compatible; its model takes turns with the plain one."""
     device = denoiser.module.device
@@ -263,7 +196,7 @@ def measured(cell: Cell, denoiser: Denoiser, args: argparse.Namespace) -> dict[s
     arguments = denoiser.arguments(denoiser.latents(1), torch.zeros((), device=device), denoiser.conditions(1))
     modules = partial(_modules, denoiser.module, arguments)
     method = method_of(cell.plan, view(denoiser.module), modules)
-    with _fresh_cache(args.backend):
+    with fresh_cache(args.backend):
         module, how = denoiser.twin(), BUILDS[cell.build]
         sampling = Sampling(denoiser, module, cell.images, args.steps, method, how.graphs)
         synchronize(device)
@@ -290,43 +223,9 @@ def measured(cell: Cell, denoiser: Denoiser, args: argparse.Namespace) -> dict[s
     }
 
 
-def did(record: Any) -> dict[str, Any]:
-    """What the library says of a run: how much was computed, and where it did otherwise than asked for."""
-    if record is None:
-        return {"computed_share": 1.0, "notes": []}
-    said = [*record.fallbacks.items(), *record.one_by_one.items()]
-    said += [(f"without a CUDA graph: {why}", times) for why, times in record.computed.items()]
-    return {"computed_share": record.computed_share, "notes": [f"{times}× {why}" for why, times in said]}
-
-
-def _modules(module: ModelMixin, arguments: dict[str, Any]) -> UncertaintyModules:
+def _modules(module: nn.Module, arguments: dict[str, Any]) -> UncertaintyModules:
     torch.manual_seed(0)
     return make_modules(module, arguments).eval().to(module.device)
-
-
-def _fresh_cache(backend: str) -> AbstractContextManager[Any]:
-    """What compilers keep on disk is kept elsewhere within the block, where nothing is yet."""
-    if backend != "inductor":
-        return nullcontext()
-    from torch._inductor.utils import fresh_cache
-
-    return fresh_cache()
-
-
-def _forget_compiled() -> None:
-    """Everything that torch and Triton have compiled in this process is compiled anew."""
-    torch.compiler.reset()
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fastdiff.kernels"):
-            for kernel in vars(module).values():
-                if hasattr(kernel, "device_caches"):
-                    kernel.device_caches.clear()
-
-
-def _load_compiler(device: str, backend: str) -> None:
-    """What compilers load once in a process is no model's cold start."""
-    torch.compile(torch.square, backend=backend)(torch.ones(8, device=device))
-    _forget_compiled()
 
 
 def tried(cell: Cell, denoiser: Denoiser, args: argparse.Namespace) -> dict[str, Any]:
@@ -335,11 +234,12 @@ def tried(cell: Cell, denoiser: Denoiser, args: argparse.Namespace) -> dict[str,
         return {"measured": measured(cell, denoiser, args)}
     except FastDiffError as error:
         return {"refused": str(error)}
-    except RuntimeError as error:  # out of memory, or what the compiler cannot do
+    except Exception as error:  # out of memory, or what a compiler cannot do; the other rows are measured all the same
+        traceback.print_exc()
         lines = str(error).splitlines() or [""]
         return {"failed": f"{type(error).__name__}: {lines[0]}"}
     finally:
-        _forget_compiled()
+        forget_compiled()
         gc.collect()
         if denoiser.module.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -388,13 +288,13 @@ def measured_files() -> list[Path]:
     """What has a part in a measured time."""
     parts = (fastdiff.engine, fastdiff.methods, fastdiff.backbones, fastdiff.kernels.launch, architectures)
     folders = [Path(str(part.__file__)).parent for part in parts]
-    files = {Path(__file__), Path(str(fastdiff.uem.modules.__file__))}
+    files = {Path(__file__), Path(__file__).with_name("end_to_end_loop.py"), Path(str(fastdiff.uem.modules.__file__))}
     files.update(path for folder in folders for kind in ("*.py", "*.json") for path in folder.rglob(kind))
     return sorted(files)
 
 
 def start(args: argparse.Namespace, earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """The results before anything is measured now: with the rows of an earlier run of the same origin."""
+    """The results before anything is measured now: with the rows of an earlier run, and its times if of one origin."""
     settings = {
         "steps": args.steps,
         "rounds": args.rounds,
@@ -409,14 +309,17 @@ def start(args: argparse.Namespace, earlier: dict[str, Any] | None) -> dict[str,
         "settings": settings,
     }
     results: dict[str, Any] = {**origin, "models": {}, "rows": []}
-    if args.device and earlier and all(earlier[name] == value for name, value in origin.items()):
-        results = earlier
+    listed = [*cells(args)]
+    if earlier and earlier["settings"]["small"] == args.small:
+        listed += [Cell.of(row) for row in earlier["rows"]]
+        if args.device and all(earlier[name] == value for name, value in origin.items()):
+            results = earlier
+    described = {model: describe(model, args) for model in {cell.model: None for cell in listed}}
     known = {Cell.of(row): row for row in results["rows"]}
-    for model in args.models:
-        about, plans = describe(model, args)
-        results["models"][model] = {"name": PUBLISHED[model].name, **about}
-        for cell in cells(argparse.Namespace(**{**vars(args), "models": [model]})):
-            known.setdefault(cell, {**asdict(cell), **plans[cell.plan], "failed": None, "measured": None})
+    for cell in listed:
+        about, plans = described[cell.model]
+        results["models"][cell.model] = {"name": PUBLISHED[cell.model].name, **about}
+        known.setdefault(cell, {**asdict(cell), **plans[cell.plan], "failed": None, "measured": None})
     # In one order, whatever was measured when.
     results["models"] = {model: results["models"][model] for model in PUBLISHED if model in results["models"]}
     places = [[*PUBLISHED], [], [*BUILDS], [*PLANS]]
@@ -433,7 +336,7 @@ def measure_all(results: dict[str, Any], args: argparse.Namespace) -> None:
     asked = set(cells(args))
     open_rows = [row for row in results["rows"] if Cell.of(row) in asked and not (row["measured"] or row["refused"])]
     if open_rows:
-        _load_compiler(args.device, args.backend)
+        load_compiler(args.device, args.backend)
     progress = tqdm(total=len(open_rows), desc="models, batches, builds and plans")
     for model in args.models:
         rows = [row for row in open_rows if row["model"] == model]

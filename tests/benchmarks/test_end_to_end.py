@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import end_to_end
+import end_to_end_loop
 import end_to_end_report
 import pytest
 import torch
 from architectures.denoisers import PUBLISHED, Denoiser, counted
-from end_to_end import Cell, Sampling
+from end_to_end import Cell
+from end_to_end_loop import Sampling, did, make
 
 from fastdiff.backbones import view
 from fastdiff.cost import flop_counter
@@ -115,7 +117,7 @@ def test_the_committed_files_are_written_by_the_script(unmeasured: Path) -> None
 def test_what_was_measured_elsewhere_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "end_to_end.json"
-    out.write_text(json.dumps({"environment": ENVIRONMENT}))
+    out.write_text(json.dumps({"environment": ENVIRONMENT}))  # all that is looked at
     assert run(out) == {"environment": ENVIRONMENT}
     assert not out.with_suffix(".md").exists()
 
@@ -168,7 +170,9 @@ def test_small_models_are_measured_and_nothing_twice(tmp_path: Path, monkeypatch
     assert run(out, *words, "--builds", "eager", "graphs") == results
     assert not measured
     monkeypatch.setattr(end_to_end, "sources", lambda: "other code")
-    assert set(identities(run(out, *words, "--builds", "eager")["rows"])) == set(measured)
+    other = run(out, *words, "--builds", "eager")["rows"]
+    assert identities(other) == expected
+    assert {Cell.of(row) for row in other if row["measured"]} == set(measured)
     assert len(measured) == 6
     run(out, *words, "--builds", "eager", "--rounds", "2")
     assert len(measured) == 12
@@ -176,7 +180,14 @@ def test_small_models_are_measured_and_nothing_twice(tmp_path: Path, monkeypatch
 
 def test_results_hold_for_the_code_that_was_measured() -> None:
     files = {path.as_posix() for path in end_to_end.measured_files()}
-    for name in ("engine/exits.py", "kernels/launch.py", "uem/modules.py", "benchmarks/end_to_end.py", f"{FLUX}.json"):
+    for name in (
+        "engine/exits.py",
+        "kernels/launch.py",
+        "uem/modules.py",
+        "end_to_end.py",
+        "end_to_end_loop.py",
+        f"{FLUX}.json",
+    ):
         assert any(path.endswith(f"/{name}") for path in files)
 
 
@@ -221,13 +232,13 @@ def test_builds_share_weights_and_leave_the_plain_model_alone(key: str) -> None:
     twin = denoiser.twin()
     pairs = zip(denoiser.module.parameters(), twin.parameters(), strict=True)
     assert all(one is two for one, two in pairs)
-    end_to_end.make(twin, end_to_end.BUILDS["compile-kernels"], "eager")
+    make(twin, end_to_end.BUILDS["compile-kernels"], "eager")
     assert all(getattr(module, "_compiled_call_impl", None) is None for module in denoiser.module.modules())
     assert not any("forward" in vars(module) for module in denoiser.module.modules())
     assert any(module._compiled_call_impl is not None for module in twin.modules())
     plain = predictions(denoiser, denoiser.module)
     kernels = denoiser.twin()
-    end_to_end.make(kernels, end_to_end.BUILDS["kernels"], "eager")
+    make(kernels, end_to_end.BUILDS["kernels"], "eager")
     assert all(map(torch.equal, plain, predictions(denoiser, kernels)))
     assert len(plain) == 2
 
@@ -261,11 +272,11 @@ def test_decoders_of_several_evaluations_are_one_batch() -> None:
     method = end_to_end.method_of("parallel", view(denoiser.module), end_to_end._no_modules)
     record = Sampling(denoiser, denoiser.module, 1, 6, method)()
     assert record.batches == [4]
-    assert end_to_end.did(record)["notes"] == []
+    assert did(record)["notes"] == []
 
 
 def test_recorded_evaluations_are_replayed_from_call_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(end_to_end, "Graphs", lambda: Graphs(record_on_tape, ("cpu",)))
+    monkeypatch.setattr(end_to_end_loop, "Graphs", lambda: Graphs(record_on_tape, ("cpu",)))
     denoiser = Denoiser(DIT, small=True)
     sampling = Sampling(denoiser, denoiser.twin(), 1, 3, graphs=True)
     records = [sampling() for _ in range(end_to_end.WARM_UP + 1)]
