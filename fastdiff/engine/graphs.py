@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,11 @@ class Given:
         """Equal where only the numbers in tensors differ."""
         return self._structure, tuple(map(_described, self.values)), torch.is_inference_mode_enabled()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the call runs; the other tensors are few numbers on the host."""
+        return next((tensor.device for tensor in self.tensors if tensor.device.type != "cpu"), torch.device("cpu"))
+
     def at(self, places: Sequence[torch.Tensor]) -> Any:
         """Arguments, keyword arguments, and what is read, with these tensors in place of its own."""
         remaining = iter(places)
@@ -118,6 +124,10 @@ class Graphs:
         self._places: dict[Hashable, list[torch.Tensor]] = {}  # where recordings read what they are given
         self._settings: Settings | None = None
         self._work: Work | str = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        """A copy of a pipeline records its own calls."""
+        return Graphs(devices=self._devices)
 
     def expect(self, work: Work | str) -> None:
         """Tell what the coming call does, or why it cannot be recorded."""
@@ -149,25 +159,30 @@ class Graphs:
         if torch.is_grad_enabled():
             reason = reason or "gradients may be needed"
         if not reason and isinstance(work, Work):
-            known = self._recording(work, Given(args, kwargs, work))
-            if isinstance(known, Recording):
-                known.replay()
-                self._record.replays += 1
-                for kept, left in zip(work.leaves, known.left, strict=True):
-                    kept.value = transformed(torch.clone, left)
-                return transformed(torch.clone, known.output)
+            given = Given(args, kwargs, work)
+            with _as_current(given.device):
+                known = self._recording(work, given)
+                if isinstance(known, Recording):
+                    return self._replayed(known, work)
             reason = known
         if not self._record.computed[reason]:
             log.info("Computed without a CUDA graph: %s.", reason)
         self._record.computed[reason] += 1
         return self._forward(*args, **kwargs)
 
+    def _replayed(self, recording: Recording, work: Work) -> Any:
+        recording.replay()
+        self._record.replays += 1
+        for kept, left in zip(work.leaves, recording.left, strict=True):
+            kept.value = transformed(torch.clone, left)
+        return transformed(torch.clone, recording.output)
+
     def _recording(self, work: Work, given: Given) -> Recording | str:
         """The recording of a call, ready to be replayed; else why there is none."""
         if given.obstacle:
             return given.obstacle
         layout = given.layout
-        key = (work.does, layout, dispatch.mode(), _autocast())
+        key = (work.does, layout, _surroundings())
         if key not in self._known:
             if len(self._known) >= MOST:
                 return f"{MOST} other calls are recorded"
@@ -178,8 +193,7 @@ class Graphs:
             return known
         places = self._places.get(layout)
         if places is None:
-            device = next(tensor.device for tensor in given.tensors if tensor.device.type in self._devices)
-            places = self._places[layout] = [torch.empty_like(tensor, device=device) for tensor in given.tensors]
+            places = self._places[layout] = [torch.empty_like(tensor, device=given.device) for tensor in given.tensors]
         for place, tensor in zip(places, given.tensors, strict=True):
             place.copy_(tensor)
         if isinstance(known, str):
@@ -197,7 +211,7 @@ class Graphs:
                 output, replay = self._recorder(lambda: self._forward(*args, **kwargs))
         except RuntimeError as error:  # the model does what no graph can hold, such as waiting for the device
             log.warning("A call could not be recorded as a CUDA graph and is computed instead: %s", error)
-            return f"it cannot be recorded ({str(error).splitlines()[0]})"
+            return f"it cannot be recorded ({type(error).__name__})"
         finally:
             for kept, value in zip(work.reads, before, strict=True):
                 kept.value = value
@@ -254,6 +268,13 @@ def _described(value: Any) -> Hashable:
     return type(value), value
 
 
-def _autocast() -> Hashable:
-    kinds = [kind for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)]
-    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds)
+def _surroundings() -> Hashable:
+    """What kernels are chosen by besides the tensors."""
+    autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in ("cuda", "cpu") if torch.is_autocast_enabled(kind)]
+    precision = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    return dispatch.mode(), *autocast, *precision, torch.are_deterministic_algorithms_enabled()
+
+
+def _as_current(device: torch.device) -> AbstractContextManager[Any]:
+    """Graphs are recorded and replayed on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
