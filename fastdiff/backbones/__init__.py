@@ -9,7 +9,18 @@ from fastdiff.backbones.transformer import register_block, transformer_backbone
 from fastdiff.backbones.unet import control_backbone, is_control, is_unet, unet_backbone
 from fastdiff.errors import ConfigError
 
-__all__ = ["LEVELS", "Backbone", "BlockIO", "SkipSite", "Unit", "is_control", "register_block", "unwrap", "view"]
+__all__ = [
+    "LEVELS",
+    "Backbone",
+    "BlockIO",
+    "SkipSite",
+    "Unit",
+    "is_compiled",
+    "is_control",
+    "register_block",
+    "unwrap",
+    "view",
+]
 
 LEVELS = ("layer", "branch")
 """How finely a denoiser can be seen; transformers are seen by blocks at either."""
@@ -18,6 +29,11 @@ LEVELS = ("layer", "branch")
 def unwrap(denoiser: nn.Module) -> nn.Module:
     """The module under `torch.compile`'s wrapper, or the module itself."""
     return getattr(denoiser, "_orig_mod", denoiser)
+
+
+def is_compiled(denoiser: nn.Module) -> bool:
+    """Whether a module is compiled as a whole, which blocks that are compiled one by one do not make it."""
+    return unwrap(denoiser) is not denoiser or getattr(denoiser, "_compiled_call_impl", None) is not None
 
 
 def view(denoiser: nn.Module, level: str = "layer") -> Backbone:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdiff.backbones import unwrap
+from fastdiff.backbones import is_compiled, unwrap
 from fastdiff.cost import measure
 from fastdiff.engine.batching import (
     CONTROL,
@@ -283,6 +283,8 @@ class Executor:
             return f"the pipeline reads what {self._observed} sees in every call"
         if torch.is_grad_enabled() and getattr(_sample(arguments), "requires_grad", False):
             return "the pipeline takes gradients through the call"
+        if self._rule is not None and is_compiled(self._module):
+            return "samples do not stop one by one in a model that is compiled as a whole; compile its blocks"
         if self._rule is not None and self.backbone.up_steps:
             if self._mixing:
                 return f"{self._mixing} may mix the samples of a batch, which then cannot stop one by one"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fastdiff.backbones import unwrap
+from fastdiff.backbones import is_compiled, unwrap
 from fastdiff.engine.batching import mixing_processor, observed_processor, processors
 from fastdiff.engine.kept import Kept, transformed
 from fastdiff.engine.record import DenoiserRecord
@@ -237,7 +237,7 @@ class DeviceRecorder:
 def obstacle(denoiser: nn.Module, devices: Sequence[str]) -> str:
     """Why no call of a denoiser can be recorded; empty if calls can."""
     model = unwrap(denoiser)
-    if denoiser is not model or getattr(denoiser, "_compiled_call_impl", None) is not None:
+    if is_compiled(denoiser):
         return (
             "the model is compiled as a whole; compile its blocks (compile_repeated_blocks) or let the compiler record"
         )

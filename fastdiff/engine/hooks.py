@@ -101,6 +101,18 @@ class UnitHook(ModelHook):
         self.shortcut = unit.shortcut
         self.cell = COMPUTE
         self.wrapped: Callable[..., Any] | None = None  # the unit's forward with this hook in it
+        self._compiled: Callable[..., Any] | None = None  # the unit's compiled call while another stands before it
+
+    def set(self, cell: Cell) -> None:
+        """Do this in the coming evaluation. What a compiled unit is run for is decided outside of what was compiled."""
+        own = vars(self.unit.module)
+        if self._compiled is not None:
+            own["_compiled_call_impl"], self._compiled = self._compiled, None
+        exits, step, compiled = cell.exits, cell.step, own.get("_compiled_call_impl")
+        if exits is not None and step is not None and compiled is not None:
+            own["_compiled_call_impl"] = lambda *args, **kwargs: exits.run(step, compiled, args, kwargs)
+            self._compiled, cell = compiled, COMPUTE
+        self.cell = cell
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the unit's forward."""
@@ -300,7 +312,7 @@ class InstalledHooks:
     def set_cells(self, cells: list[Cell]) -> None:
         """Tell every unit what to do in the coming evaluation."""
         for hook, cell in zip(self.hooks, cells, strict=True):
-            hook.cell = cell
+            hook.set(cell)
         for stage in self.stage_hooks:
             stage.is_idle = all(hook.has_output for hook in stage.units)
             stage.exits = None

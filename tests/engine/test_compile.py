@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
@@ -12,11 +13,14 @@ from engine.cases import STEPS, accelerated, build, methods_for, record_of, samp
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdiff
-from fastdiff import EncoderPropagation, FeatureInheritance
+from fastdiff import EncoderPropagation, FastDiffNoEffectWarning, FeatureInheritance, UncertaintyExit
 from fastdiff.backbones import view
 from fastdiff.engine.program import Program, lower
 from fastdiff.plan import Action
 from tiny.base import build as build_model
+from tiny.models import TINY_MODELS
+from tiny.stops import BATCH, depths_of, run
+from tiny.uncertainty import random_modules
 
 INDUCTOR_TOLERANCE = 1e-4
 """Share of the largest value: fused kernels round elsewhere."""
@@ -112,6 +116,37 @@ def kinds_of_cells(pipe: Any) -> set[Any]:
             computes = actions[column] == Action.COMPUTE
             kinds.add((type(unit.module), computes, len(starts), len(ends), *reuses))
     return kinds
+
+
+@pytest.mark.filterwarnings("ignore::fastdiff.FastDiffNoEffectWarning")
+def test_samples_stop_between_compiled_blocks() -> None:
+    tiny = TINY_MODELS["FluxTransformer2DModel"]
+    denoiser, arguments = tiny.build(), tiny.inputs(BATCH, 0)
+    modules = random_modules(denoiser)
+    methods = [UncertaintyExit.of(modules, threshold=threshold) for threshold in np.linspace(0.3, 0.7, 21).tolist()]
+    ran = [run(denoiser, method, arguments) for method in methods]
+    method, ((expected,), calls) = max(zip(methods, ran, strict=True), key=lambda pair: len({*depths_of(pair[1][1])}))
+    assert len({*depths_of(calls)}) > 1
+    counter = CompileCounterWithBackend("eager")
+    denoiser.compile_repeated_blocks(backend=counter, fullgraph=True)
+    compiled = [block._compiled_call_impl for block in denoiser.transformer_blocks]
+    graphs = []
+    for _ in range(2):
+        (result,), again = run(denoiser, method, arguments)
+        assert torch.equal(result, expected)
+        assert depths_of(again) == depths_of(calls)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1] > 0
+    assert [block._compiled_call_impl for block in denoiser.transformer_blocks] == compiled
+
+
+@pytest.mark.parametrize("how", ["module", "wrapper"])
+def test_no_sample_stops_in_a_model_that_is_compiled_as_a_whole(how: str) -> None:
+    pipe = build("DiTPipeline")
+    fastdiff.enable(pipe, UncertaintyExit.of(random_modules(pipe.transformer), threshold=1))
+    compile_as(how, pipe)
+    with pytest.warns(FastDiffNoEffectWarning, match="compiled as a whole; compile its blocks"):
+        assert torch.equal(sample(pipe, "DiTPipeline"), sample(build("DiTPipeline"), "DiTPipeline"))
 
 
 @pytest.mark.parametrize("how", ["module", "wrapper"])
