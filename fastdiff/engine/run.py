@@ -142,7 +142,8 @@ def sampling_run(
         timesteps: for a loop without scheduler, the timesteps of its evaluations, noisiest first, shape
             ``(evaluations,)``. Call ``run.tick()`` after each evaluation then.
         training_steps: length of the training grid that ``timesteps`` are counted on.
-        cuda_graphs: record evaluations as CUDA graphs and replay what repeats (`fastdiff.enable`).
+        cuda_graphs: record evaluations as CUDA graphs and replay what repeats in the block (`fastdiff.enable` does the
+            same for all calls of a pipeline).
 
     Yields:
         The run; its ``record`` says afterwards what happened.
