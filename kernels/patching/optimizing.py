@@ -33,7 +33,7 @@ from fastdiff.kernels.patching import conditions, joint, transformers, unets
 from fastdiff.kernels.patching.replacement import Forward, put, take
 from fastdiff.kernels.patching.report import OptimizeReport
 from fastdiff.kernels.residual_norm_modulate import Rounding
-from fastdiff.models.uvit import UViT, UViTSkip
+from fastdiff.models.uvit import UViT
 
 
 def _nothing(module: nn.Module) -> str:
@@ -63,7 +63,6 @@ KINDS: dict[type[nn.Module], Kind] = {
     JointTransformerBlock: Kind(transformers.joint_transformer_block, _BLOCK),
     DiTTransformer2DModel: Kind(transformers.dit, "output layers in one pass"),
     UViT: Kind(transformers.uvit, "output layers in one pass"),
-    UViTSkip: Kind(transformers.uvit_skip, "no concatenation of a long skip"),
     FluxAttention: Kind(joint.flux_attention, _HEADS, joint.flux_obstacle),
     FluxTransformerBlock: Kind(transformers.flux_block, _BLOCK),
     FluxSingleTransformerBlock: Kind(transformers.flux_single_block, "gate and residual in one pass"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from torch import nn
 
-from fastdiff.kernels import exit_head, geglu, group_norm_act, residual_norm_modulate, skip_shortcut
+from fastdiff.kernels import exit_head, geglu, group_norm_act, residual_norm_modulate
 from fastdiff.kernels.dispatch import fused
 from fastdiff.kernels.residual_norm_modulate import Norm, Rounding
 
@@ -179,25 +179,6 @@ def fused_patches(
                 eps=norm.eps,
             )
     return None
-
-
-def merged(x: torch.Tensor, skip: torch.Tensor, matrix: Any, rounding: Rounding) -> torch.Tensor:
-    """``matrix(cat([x, skip], -1))``, where a kernel can run without the concatenation.
-
-    Args:
-        x: tokens of shape ``(batch, tokens, width)``.
-        skip: tokens of a long skip connection, which follow x's channels.
-        matrix: a linear layer.
-        rounding: the kernel only knows ``"fused"``; otherwise a linear layer of torch's runs.
-    """
-    if rounding == "fused" and type(matrix) is nn.Linear and plain(matrix):
-        weight, bias = matrix.weight, matrix.bias
-        # Tokens are the pixels of an image one pixel wide, whose channels come last.
-        tensors = (x.mT.unsqueeze(-1), skip.mT.unsqueeze(-1), weight, bias)
-        if _rows(x, skip, weight, bias) and fused("skip_shortcut", skip_shortcut.supported, *tensors, 1.0):
-            return skip_shortcut.skip_shortcut(*tensors).squeeze(-1).mT
-    result: torch.Tensor = matrix(torch.cat([x, skip], dim=-1))
-    return result
 
 
 def gated(hidden: torch.Tensor, rounding: Rounding) -> torch.Tensor:

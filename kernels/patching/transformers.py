@@ -13,7 +13,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 from fastdiff.kernels.patching.conditions import activated
-from fastdiff.kernels.patching.parts import fused_patches, gated, join, merged, patches_together
+from fastdiff.kernels.patching.parts import fused_patches, gated, join, patches_together
 from fastdiff.kernels.residual_norm_modulate import Rounding
 
 Maybe = torch.Tensor | None
@@ -118,11 +118,6 @@ def uvit(
     image = model.image_of(tokens) if image is None else image
     image = image if model.conv_out is None else model.conv_out(image)
     return Transformer2DModelOutput(sample=image) if return_dict else (image,)
-
-
-def uvit_skip(module: Any, rounding: Rounding, hidden_states: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-    """`UViTSkip`."""
-    return merged(hidden_states, skip, module.skip_linear, rounding)
 
 
 def joint_transformer_block(

@@ -19,12 +19,12 @@ from kernel_checks.patched import build, call, inputs
 from torch import nn
 
 import fastdiff
-from fastdiff.kernels import exit_head, qk_norm_rope, skip_shortcut
+from fastdiff.kernels import exit_head, qk_norm_rope
 from tiny.base import build as build_model
 from tiny.joint import SD3
 
 QUERIES_AND_KEYS = 2
-OPERATIONS = {"qk_norm_rope": qk_norm_rope, "exit_head": exit_head, "skip_shortcut": skip_shortcut}
+OPERATIONS = {"qk_norm_rope": qk_norm_rope, "exit_head": exit_head}
 
 
 @pytest.fixture
@@ -61,7 +61,6 @@ def test_which_operations_run(name: str, rounding: Any, dtype: torch.dtype, call
     expected: Counter[str] = Counter()
     if name in ("DiT", "U-ViT"):
         expected["exit_head"] = int(rounding == "fused")
-        expected["skip_shortcut"] = int(rounding == "fused") * len(getattr(model, "transformer_out_blocks", ()))
     elif (name, rounding, dtype) != ("SD3.5", "match_eager", torch.bfloat16):  # its norm rounds once more
         expected["qk_norm_rope"] = QUERIES_AND_KEYS * streams(model)
         assert streams(model) > 4
