@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, ModelMixin
 from torch import nn
 
 import architectures
@@ -105,6 +105,8 @@ class Denoiser:
         finally:
             torch.set_default_dtype(default)
         self.module: ModelMixin = nn.Module.to(made, device, dtype).eval()
+        if isinstance(made, DiTTransformer2DModel):
+            _embed_alike(made)
         self.text_tokens = min(SMALL_TOKENS, self.published.text_tokens) if small else self.published.text_tokens
         self._side = SMALL_SIDE if small else self.published.side
 
@@ -174,6 +176,13 @@ class Denoiser:
             "img_ids": image.flatten(0, 1),
             "txt_ids": torch.zeros(self.text_tokens, 3, **like),
         }
+
+
+def _embed_alike(model: DiTTransformer2DModel) -> None:
+    """Give the blocks of a DiT one embedding's weights, as they have in converted checkpoints."""
+    first, *others = (block.norm1.emb for block in model.transformer_blocks)
+    for other in others:
+        other.load_state_dict(first.state_dict())
 
 
 def config(key: str, *, small: bool = False) -> dict[str, Any]:

@@ -243,6 +243,14 @@ def test_builds_share_weights_and_leave_the_plain_model_alone(key: str) -> None:
     assert len(plain) == 2
 
 
+def test_blocks_of_the_dit_embed_alike() -> None:
+    """As in converted checkpoints, where the optimised model embeds once."""
+    states = [block.norm1.emb.state_dict() for block in Denoiser(DIT, small=True).module.transformer_blocks]
+    assert len(states) > 1
+    for state in states[1:]:
+        assert all(torch.equal(state[name], weight) for name, weight in states[0].items())
+
+
 def predictions(denoiser: Denoiser, module: Any) -> list[torch.Tensor]:
     """Returns what each evaluation of a loop predicted."""
     torch.manual_seed(0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -21,6 +23,7 @@ from engine.cases import (
     record_of,
     sample,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import fastdiff
@@ -140,19 +143,32 @@ def test_a_changed_model_is_not_replayed_as_it_was(change: Callable[[nn.Module],
     assert torch.equal(sample(pipe, "DiTPipeline"), expected)
 
 
-def test_an_adapters_scale_belongs_to_the_recording() -> None:
-    """Dictionaries of numbers, as adapters keep their scales in."""
-    pipe = recorded("DiTPipeline", "inherit-0")
-    attention = pipe.transformer.transformer_blocks[0].attn1
-    attention.scaling = {"default": 1.0}
-    own = type(attention).forward
-    sample(pipe, "DiTPipeline")
-    before = sample(pipe, "DiTPipeline")
-    assert record_of(pipe).replays
-    attention.scaling["default"] = 2.0
-    assert torch.equal(sample(pipe, "DiTPipeline"), before)
-    assert record_of(pipe).computed[FIRST] > 0
-    assert type(attention).forward is own
+ADAPTER_CHANGES: dict[str, Callable[[BaseTunerLayer], Any]] = {
+    "scaled": lambda layer: layer.set_scale("default", 3.0),
+    "off": lambda layer: layer.enable_adapters(False),
+    "on": lambda layer: layer.enable_adapters(True),
+    "merged": lambda layer: layer.merge(),  # type: ignore[operator]
+}
+
+
+def test_what_is_done_to_adapters_is_seen() -> None:
+    pipe, plain = recorded("DiTPipeline", "inherit-0"), accelerated("DiTPipeline", "inherit-0")
+    seen = [sample(pipe, "DiTPipeline")]
+    for each in (pipe, plain):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        peft.inject_adapter_in_model(config, each.transformer)
+    for change in (None, *ADAPTER_CHANGES.values()):
+        for each in (pipe, plain):
+            layers = [module for module in each.transformer.modules() if isinstance(module, BaseTunerLayer)]
+            for layer in layers if change is not None else ():
+                change(layer)
+        expected = sample(plain, "DiTPipeline")
+        for _ in range(2):
+            assert torch.equal(sample(pipe, "DiTPipeline"), expected)
+        assert record_of(pipe).replays == len(record_of(pipe).calls)
+        seen.append(expected)
+    assert all(not torch.equal(one, two) for one, two in pairwise(seen))
 
 
 def test_recordings_end_with_the_acceleration() -> None:
