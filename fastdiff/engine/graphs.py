@@ -113,12 +113,11 @@ class Graphs:
     """The recordings of one denoiser, from one sampling call to the next.
 
     Args:
-        recorder: records calls; a `DeviceRecorder` by default.
-        devices: kinds of devices that it records on.
+        devices: kinds of devices that can be recorded on.
     """
 
-    def __init__(self, recorder: Recorder | None = None, devices: Sequence[str] = ("cuda",)) -> None:
-        self._recorder = recorder or DeviceRecorder()
+    def __init__(self, devices: Sequence[str] = ("cuda",)) -> None:
+        self._recorder: Recorder = DeviceRecorder()
         self._devices = devices
         self._known: dict[Hashable, Recording | str] = {}  # a call's recording, or why it cannot be recorded
         self._places: dict[Hashable, list[torch.Tensor]] = {}  # where recordings read what they are given
@@ -127,7 +126,7 @@ class Graphs:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         """A copy of a pipeline records its own calls."""
-        return Graphs(devices=self._devices)
+        return Graphs(self._devices)
 
     def expect(self, work: Work | str) -> None:
         """Tell what the coming call does, or why it cannot be recorded."""
@@ -141,6 +140,7 @@ class Graphs:
         if settings != self._settings:
             self._known.clear()
             self._places.clear()
+            self._recorder = DeviceRecorder()
         self._settings, self._record = settings, record
         own = {name: value for name, value in vars(model).items() if name == "forward"}
         self._forward: Callable[..., Any] = model.forward
@@ -211,6 +211,8 @@ class Graphs:
                 output, replay = self._recorder(lambda: self._forward(*args, **kwargs))
         except RuntimeError as error:  # the model does what no graph can hold, such as waiting for the device
             log.warning("A call could not be recorded as a CUDA graph and is computed instead: %s", error)
+            if not any(isinstance(known, Recording) for known in self._known.values()):
+                self._recorder = DeviceRecorder()
             return f"it cannot be recorded ({type(error).__name__})"
         finally:
             for kept, value in zip(work.reads, before, strict=True):
@@ -220,7 +222,10 @@ class Graphs:
 
 
 class DeviceRecorder:
-    """Records on the current CUDA device; all recordings share one memory pool."""
+    """Records on the current CUDA device; all recordings share one memory pool.
+
+    A pool takes no graph once it had some and has none: make another recorder then.
+    """
 
     def __init__(self) -> None:
         self._pool: Any = None

@@ -19,9 +19,9 @@ from end_to_end_loop import Sampling, did, make
 
 from fastdiff.backbones import view
 from fastdiff.cost import flop_counter
-from fastdiff.engine.graphs import Graphs
+from fastdiff.engine import graphs
 from fastdiff.errors import StateError
-from tiny.tape import record_on_tape
+from tiny.tape import TapeRecorder
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 TRY = ("--small", "--device", "cpu", "--backend", "eager", "--dtype", "float32", "--steps", "2", "--rounds", "1")
@@ -284,7 +284,8 @@ def test_decoders_of_several_evaluations_are_one_batch() -> None:
 
 
 def test_recorded_evaluations_are_replayed_from_call_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(end_to_end_loop, "Graphs", lambda: Graphs(record_on_tape, ("cpu",)))
+    monkeypatch.setattr(graphs, "DeviceRecorder", TapeRecorder)
+    monkeypatch.setattr(end_to_end_loop, "Graphs", lambda: graphs.Graphs(("cpu",)))
     denoiser = Denoiser(DIT, small=True)
     sampling = Sampling(denoiser, denoiser.twin(), 1, 3, graphs=True)
     records = [sampling() for _ in range(end_to_end.WARM_UP + 1)]

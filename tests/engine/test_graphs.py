@@ -32,7 +32,7 @@ from fastdiff.backbones import view
 from fastdiff.engine import graphs
 from fastdiff.engine.graphs import FIRST, Graphs
 from fastdiff.engine.program import lower
-from tiny.tape import record_on_tape
+from tiny.tape import TapeRecorder
 from tiny.uncertainty import random_modules
 
 WHOLE = [case for case in CASES if case[1] not in STACKING]
@@ -42,8 +42,8 @@ WHOLE = [case for case in CASES if case[1] not in STACKING]
 @pytest.fixture(autouse=True)
 def _on_tape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recordings are tapes, on the CPU."""
-    monkeypatch.setattr("fastdiff.engine.graphs.DeviceRecorder", lambda: record_on_tape)
-    monkeypatch.setattr(Graphs.__init__, "__defaults__", (None, ("cpu",)))
+    monkeypatch.setattr(graphs, "DeviceRecorder", TapeRecorder)
+    monkeypatch.setattr(Graphs.__init__, "__defaults__", (("cpu",),))
 
 
 def recorded(name: str, method: str) -> Any:
@@ -255,7 +255,7 @@ def test_models_that_cannot_be_recorded_are_computed(change: Callable[[Any], Any
 
 
 def test_other_devices_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Graphs.__init__, "__defaults__", (None, ("cuda",)))
+    monkeypatch.setattr(Graphs.__init__, "__defaults__", (("cuda",),))
     expected = sample(accelerated("DiTPipeline", "inherit-0"), "DiTPipeline")
     check_computed(recorded("DiTPipeline", "inherit-0"), "DiTPipeline", "the weights are on cpu", expected)
 
@@ -268,6 +268,7 @@ def test_what_waits_for_the_device_is_computed(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING):
         check_computed(pipe, "DiTPipeline", "cannot be recorded", sample(plain, "DiTPipeline"))
     assert "waits for the device" in caplog.text
+    assert "pool" not in caplog.text
 
 
 def test_unknown_arguments_are_computed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -38,15 +39,24 @@ class Tape(TorchDispatchMode):
                         place.copy_(value)
 
 
-def record_on_tape(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """Records a call as `fastdiff.engine.graphs.Recorder` says.
+class TapeRecorder:
+    """Records calls as `fastdiff.engine.graphs.Recorder` says.
 
-    Its results are spoilt until it is replayed, because recording a CUDA graph computes nothing.
+    As a pool of CUDA graphs it takes no other once those that it held are gone. Results are spoilt until they are
+    replayed, because recording a CUDA graph computes nothing.
     """
-    tape = Tape()
-    with tape:
-        result = function()
-    for value in tree_leaves(result):
-        if isinstance(value, torch.Tensor):
-            value.fill_(float("nan"))
-    return result, tape.replay
+
+    def __init__(self) -> None:
+        self._tapes: list[weakref.ref[Tape]] = []
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        if self._tapes and all(tape() is None for tape in self._tapes):
+            raise RuntimeError("all graphs of this memory pool are gone")
+        tape = Tape()
+        self._tapes.append(weakref.ref(tape))  # also if recording fails
+        with tape:
+            result = function()
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                value.fill_(float("nan"))
+        return result, tape.replay
