@@ -210,7 +210,7 @@ class Graphs:
             with launch.recording():
                 output, replay = self._recorder(lambda: self._forward(*args, **kwargs))
         except RuntimeError as error:  # the model does what no graph can hold, such as waiting for the device
-            log.warning("A call could not be recorded as a CUDA graph and is computed instead: %s", error)
+            log.warning("A call could not be recorded as a CUDA graph and is computed instead: %s", str(error))
             if not any(isinstance(known, Recording) for known in self._known.values()):
                 self._recorder = DeviceRecorder()
             return f"it cannot be recorded ({type(error).__name__})"
