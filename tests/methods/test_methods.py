@@ -233,8 +233,7 @@ def test_methods_are_merged() -> None:
     assert plan == methods[0].plan(request).merge(methods[1].plan(request))
     assert plan.meta["methods"] == [str(method) for method in methods]
     assert plan.validate(request.backbone.traits).share < min(method.plan(request).share for method in methods)
-    with pytest.raises(ConfigError, match="no method"):
-        make_planner(())(request)
+    assert make_planner(())(request) == ComputePlan.full(len(request.grid), request.backbone.names)
 
 
 def test_saved_plan_is_for_its_number_of_evaluations_and_units() -> None:
