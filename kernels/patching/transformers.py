@@ -231,7 +231,7 @@ def ada_layer_norm_zero_single(
     norm: Any, rounding: Rounding, x: torch.Tensor, emb: Maybe = None
 ) -> tuple[torch.Tensor, ...]:
     """`AdaLayerNormZeroSingle`."""
-    shift, scale, gate = norm.linear(norm.silu(emb)).chunk(3, dim=1)
+    shift, scale, gate = norm.linear(activated(norm.silu, emb)).chunk(3, dim=1)
     return join(x, norm=norm.norm, scale=scale, shift=shift, rounding=rounding)[1], gate
 
 
@@ -239,7 +239,7 @@ def ada_layer_norm_continuous(
     norm: Any, rounding: Rounding, x: torch.Tensor, conditioning_embedding: torch.Tensor
 ) -> torch.Tensor:
     """`AdaLayerNormContinuous`."""
-    scale, shift = norm.linear(norm.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
+    scale, shift = norm.linear(activated(norm.silu, conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
     return join(x, norm=norm.norm, scale=scale, shift=shift, rounding=rounding)[1]
 
 
@@ -247,9 +247,8 @@ def sd35_ada_layer_norm_zero(
     norm: Any, rounding: Rounding, hidden_states: torch.Tensor, emb: Maybe = None
 ) -> tuple[torch.Tensor, ...]:
     """`SD35AdaLayerNormZeroX`, which modulates one norm twice."""
-    shift, scale, gate, shift_ff, scale_ff, gate_ff, shift_2, scale_2, gate_2 = norm.linear(norm.silu(emb)).chunk(
-        9, dim=1
-    )
+    modulation = norm.linear(activated(norm.silu, emb)).chunk(9, dim=1)
+    shift, scale, gate, shift_ff, scale_ff, gate_ff, shift_2, scale_2, gate_2 = modulation
     first, second = (
         join(hidden_states, norm=norm.norm, scale=one, shift=other, rounding=rounding)[1]
         for one, other in ((scale, shift), (scale_2, shift_2))

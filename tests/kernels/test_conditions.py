@@ -71,6 +71,25 @@ def test_blocks_that_embed_differently_embed_each(monkeypatch: pytest.MonkeyPatc
     assert len(set(map(id, calls.labels))) == calls.activations == len(model.transformer_blocks)
 
 
+@pytest.mark.parametrize("name", ["SD3", "SD3.5", "Flux"])
+def test_one_embedding_is_activated_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams, blocks and output layers of these are given the same one."""
+    model, arguments = build(name), inputs(name)
+    plain = call(model, arguments)
+    fastdiff.optimize(model)
+    own, activated = nn.SiLU.forward, []
+    norms = [module for module in model.modules() if isinstance(getattr(module, "silu", None), nn.SiLU)]
+
+    def activation(module: nn.SiLU, *args: Any) -> torch.Tensor:
+        activated.extend(norm for norm in norms if norm.silu is module)
+        return own(module, *args)
+
+    monkeypatch.setattr(nn.SiLU, "forward", activation)
+    assert torch.equal(call(model, arguments), plain)
+    assert len(norms) > 4
+    assert len(activated) == 1
+
+
 def in_place(model: Any, arguments: dict[str, Any]) -> None:
     with torch.no_grad():
         embeddings(model)[-1].timestep_embedder.linear_2.bias.add_(1)
