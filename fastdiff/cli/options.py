@@ -70,7 +70,10 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def add_speed_options(parser: argparse.ArgumentParser) -> None:
     """``--kernels`` and ``--cuda-graphs``."""
     parser.add_argument(
-        "--kernels", choices=("auto", "off"), default="off", help="auto: fused kernels where the device has them"
+        "--kernels",
+        choices=("auto", "off"),
+        default="off",
+        help="auto: fused kernels where the device has them (default: off)",
     )
     parser.add_argument(
         "--cuda-graphs", action="store_true", help="replay evaluations that repeat as one launch, on NVIDIA GPUs"
