@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -65,7 +67,7 @@ def use_kernel(name: str, supported: Callable[..., Verdict], *args: Any) -> bool
     Raises:
         KernelUnavailableError: if the mode is ``triton`` and the kernel cannot run.
     """
-    if torch.compiler.is_compiling() or (wanted := mode()) == "torch":
+    if torch.compiler.is_compiling() or _plain.get() or (wanted := mode()) == "torch":
         return False
     runs, reason = supported(*args)
     if not runs and wanted == "triton":
@@ -87,6 +89,19 @@ def fused(name: str, supported: Callable[..., Verdict], *args: Any) -> bool:
     return mode() == "torch" or use_kernel(name, supported, *args)
 
 
+_plain: ContextVar[bool] = ContextVar("fastdiff_plain", default=False)
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Within the block no kernel runs, for counters that only know torch's operations."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
 @lru_cache(maxsize=1024)
 def _note(name: str, reason: str, level: int) -> None:
     """Log a decision the first time it is taken."""
@@ -101,6 +116,8 @@ def obstacle(*tensors: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = DT
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return "gradients are needed and the kernels have none"
     for tensor in given:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return f"a tensor is a {type(tensor).__name__}, which may hold its numbers in another way"
         if tensor.dtype not in dtypes:
             return f"{tensor.dtype} is none of {', '.join(map(str, dtypes))}"
     return _device_obstacle(given[0].device, mode() == "triton")

@@ -124,8 +124,10 @@ def run(
     # Matrix units multiply numbers of 16 bits of one kind; the interpreter cannot multiply bfloat16.
     wide = x.dtype != weight.dtype or x.dtype == torch.float32
     wide = wide or (launching.INTERPRETED and x.dtype == torch.bfloat16)
-    block, chunk = (32, 16) if wide else (64, 32)  # at most 128 registers, no spills, and loads of 128 bits
-    tile_outputs, tile_pixels = (min(max(power_of_two(size), 16), block) for size in (outputs, pixels))
+    # At most 128 registers, no spills, and loads of 128 bits.
+    most_outputs, most_pixels, chunk, warps = (32, 32, 16, 4) if wide else (64, 128, 32, 8)
+    tile_outputs = min(max(power_of_two(outputs), 16), most_outputs)
+    tile_pixels = min(max(power_of_two(pixels), 16), most_pixels)
     tiles, blocks = -(-outputs // tile_outputs), -(-pixels // tile_pixels)
     factor = skip_scale if isinstance(skip_scale, torch.Tensor) else None
     launch(
@@ -153,7 +155,7 @@ def run(
         OUTPUTS=tile_outputs,
         PIXELS=tile_pixels,
         CHUNK=chunk,
-        num_warps=4,
+        num_warps=warps,
     )
     return result
 

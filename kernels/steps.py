@@ -1,4 +1,4 @@
-"""What fastdiff itself computes between blocks: forecasts, and which samples stop one by one, and their rows.
+"""What fastdiff itself computes between blocks: forecasts, scaled skips, which samples stop one by one, and their rows.
 
 These are torch's operations. On a model that `fastdiff.optimize` has treated, each is one kernel where that can run.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastdiff.kernels import lincomb, rows, uncertainty_score
+from fastdiff.kernels.concatenation import Factor, Skip, may_defer, times
 from fastdiff.kernels.dispatch import fused
 from fastdiff.kernels.residual_norm_modulate import Rounding
 
@@ -51,6 +52,12 @@ class Steps:
                 return total if start is None or joined else start + total
         total = sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
         return total if start is None else start + total
+
+    def scaled(self, features: torch.Tensor, factor: Factor) -> torch.Tensor:
+        """A long skip times a factor, by which operations that read it apart multiply on their own."""
+        if self.rounding == "fused" and may_defer(features):
+            return Skip(features, factor)
+        return times(features, factor)
 
     def gather(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Some samples of a batch, ``x[index]``."""

@@ -264,7 +264,8 @@ class Executor:
             return
         sample = _sample(arguments)
         scales = self._skip_scales.at(rows, None if sample is None else sample.device)
-        self.hooks.scale_skips(scales, None if self._skip_scales.scales_control else control_of(arguments))
+        control = None if self._skip_scales.scales_control else control_of(arguments)
+        self.hooks.scale_skips(scales, control, self._steps)
         if scales is not None:
             table = self._skip_scales.table
             self.record.skip_scales.update(

@@ -19,8 +19,9 @@ from fastdiff.engine.exits import Exits
 from fastdiff.engine.graphs import Graphs
 from fastdiff.engine.kept import Kept, Reuse, Shape, transformed
 from fastdiff.engine.program import Program
-from fastdiff.engine.skips import Scale, scaled
+from fastdiff.engine.skips import NO_KERNELS, Scale, scaled
 from fastdiff.errors import StateError
+from fastdiff.kernels.steps import Steps
 from fastdiff.plan import ComputePlan
 
 ADDED_IN_STAGE = "additional_residuals"
@@ -186,11 +187,12 @@ class SkipHook(ModelHook):
         self.site = site
         self.scales: tuple[Scale, ...] | None = None
         self.control: tuple[torch.Tensor | None, ...] = ()
+        self.steps = NO_KERNELS
         self.wrapped: Callable[..., Any] | None = None
 
-    def set(self, scales: Sequence[Scale] | None, control: Sequence[torch.Tensor] | None) -> None:
+    def set(self, scales: Sequence[Scale] | None, control: Sequence[torch.Tensor] | None, steps: Steps) -> None:
         """Scale as this says, in the order of all skips; what ``control`` added to them stays as it is."""
-        skips = self.site.skips
+        skips, self.steps = self.site.skips, steps
         own = None if scales is None else tuple(scales[skip] for skip in skips)
         self.scales = None if own is None or all(scale is None for scale in own) else own
         self.control = tuple(None if control is None else control[skip] for skip in skips)
@@ -209,8 +211,8 @@ class SkipHook(ModelHook):
     def _scaled(self, skips: Any) -> Any:
         assert self.scales is not None
         if not isinstance(skips, (list, tuple)):
-            return scaled(skips, self.scales[0], self.control[0])
-        return tuple(scaled(*parts) for parts in zip(skips, self.scales, self.control, strict=True))
+            return scaled(skips, self.scales[0], self.control[0], self.steps)
+        return tuple(scaled(*parts, self.steps) for parts in zip(skips, self.scales, self.control, strict=True))
 
 
 class StageHook(ModelHook):
@@ -328,15 +330,21 @@ class InstalledHooks:
             step = steps.get(stage.stage.module)
             stage.exits = None if step is None else (exits, step)
 
-    def scale_skips(self, scales: Sequence[Scale] | None, control: Sequence[torch.Tensor] | None = None) -> None:
+    def scale_skips(
+        self,
+        scales: Sequence[Scale] | None,
+        control: Sequence[torch.Tensor] | None = None,
+        steps: Steps = NO_KERNELS,
+    ) -> None:
         """Tell by how much the long skips are scaled in the coming call.
 
         Args:
             scales: one for each skip, in the order in which they are made; None for no scaling.
             control: what is added to each skip but not to be scaled; None for nothing.
+            steps: the operations that scale them.
         """
         for hook in self.skip_hooks:
-            hook.set(scales, control)
+            hook.set(scales, control, steps)
 
     @property
     def skip_scales(self) -> tuple[Any, ...] | None:

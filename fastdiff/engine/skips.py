@@ -10,9 +10,13 @@ import numpy as np
 import torch
 
 from fastdiff.errors import ConfigError
+from fastdiff.kernels.concatenation import times
+from fastdiff.kernels.steps import Steps
 
 if TYPE_CHECKING:
     from fastdiff.methods.base import Method, PlanRequest
+
+NO_KERNELS = Steps()
 
 Scale = float | torch.Tensor | None
 """What a skip is multiplied with: nothing; a number; for several evaluations as one batch a tensor with one for each.
@@ -92,23 +96,17 @@ def control_of(arguments: Mapping[str, Any]) -> Sequence[torch.Tensor] | None:
     return tuple(arguments[name])
 
 
-def scaled(features: Any, scale: Scale, control: torch.Tensor | None = None) -> Any:
+def scaled(features: Any, scale: Scale, control: torch.Tensor | None = None, steps: Steps = NO_KERNELS) -> Any:
     """A skip times its scale, as a new tensor; the very same if there is nothing to scale.
 
     Args:
         features: what the encoder made, with what was added to it, shape ``(batch, ...)``.
         scale: the factor, or one for each of the evaluations that follow each other in the batch.
         control: what was added to it and is not to be scaled, same shape.
+        steps: the operations that compute it.
     """
     if scale is None or features is None:
         return features
-    result = _times(features, scale)
-    return result if control is None else result + _times(control, 1 - scale)
-
-
-def _times(features: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    if not isinstance(scale, torch.Tensor) or not scale.ndim:
-        return features * scale
-    samples = features.shape[0] // scale.shape[0]
-    rows = scale.repeat_interleave(samples).view(-1, *[1] * (features.ndim - 1))
-    return (features * rows).to(features.dtype)
+    if control is None:
+        return steps.scaled(features, scale)
+    return times(features, scale) + times(control, 1 - scale)

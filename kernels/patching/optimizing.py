@@ -25,6 +25,13 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
+from diffusers.models.unets.unet_2d_blocks import (
+    AttnUpBlock2D,
+    CrossAttnUpBlock2D,
+    ResnetUpsampleBlock2D,
+    SimpleCrossAttnUpBlock2D,
+    UpBlock2D,
+)
 from torch import nn
 
 from fastdiff.errors import ConfigError
@@ -57,6 +64,7 @@ class Kind:
 
 _BLOCK = "residual, gate, norm and modulation in one pass"
 _NORM = "norm and modulation in one pass"
+_UP_STAGE = Kind(unets.up_stage, "skips read where they lie, with their factor")
 _HEADS = "norm and rotary embedding of queries or keys in one pass"
 KINDS: dict[type[nn.Module], Kind] = {
     BasicTransformerBlock: Kind(transformers.basic_transformer_block, _BLOCK, transformers.basic_obstacle),
@@ -78,6 +86,11 @@ KINDS: dict[type[nn.Module], Kind] = {
     ResnetBlock2D: Kind(
         unets.resnet_block, "timestep, group norm, modulation and SiLU in two passes", unets.resnet_obstacle
     ),
+    UpBlock2D: _UP_STAGE,
+    AttnUpBlock2D: _UP_STAGE,
+    CrossAttnUpBlock2D: _UP_STAGE,
+    ResnetUpsampleBlock2D: _UP_STAGE,
+    SimpleCrossAttnUpBlock2D: _UP_STAGE,
 }
 BY_PROCESSOR: dict[type, Kind] = {JointAttnProcessor2_0: Kind(joint.joint_attention, _HEADS, joint.joint_obstacle)}
 """What stands for `Attention` with a processor other than the default."""
@@ -177,9 +190,13 @@ def _optimize(name: str, module: nn.Module, rounding: Rounding, report: Optimize
 
 
 def _signature_obstacle(cls: type[nn.Module], forward: Forward) -> str:
-    expected = list(inspect.signature(forward).parameters)[2:]  # after the module and the rounding
+    """Why a forward may take another argument for one that it knows; one that takes any others looks at them itself."""
+    known = inspect.signature(forward).parameters.values()
+    expected = [one.name for one in known if one.kind is one.POSITIONAL_OR_KEYWORD][2:]  # after module and rounding
     found = list(inspect.signature(cls.forward).parameters)[1:]
-    return "" if expected == found else f"its forward takes {', '.join(found)} in this version of diffusers"
+    open_ended = any(one.kind is one.VAR_KEYWORD for one in known)
+    fits = expected == (found[: len(expected)] if open_ended else found)
+    return "" if fits else f"its forward takes {', '.join(found)} in this version of diffusers"
 
 
 def _name_unknown_blocks(prefix: str, model: nn.Module, replaced: list[str], report: OptimizeReport) -> None:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 from torch import nn
 
-from fastdiff.kernels import exit_head, geglu, group_norm_act, residual_norm_modulate
+from fastdiff.kernels import exit_head, geglu, group_norm_act, residual_norm_modulate, skip_shortcut
+from fastdiff.kernels.concatenation import Concatenated, Factor
 from fastdiff.kernels.dispatch import fused
 from fastdiff.kernels.residual_norm_modulate import Norm, Rounding
 
@@ -103,7 +104,7 @@ def norm_silu(
     """``silu(norm(x + add) * (1 + scale) + shift)``.
 
     Args:
-        x: features of shape ``(batch, channels, height, width)``.
+        x: features of shape ``(batch, channels, height, width)``; parts that are not put together stay so.
         norm: the norm.
         add: shape ``(batch, channels)`` or ``(1, channels)``, as scale and shift.
         scale: modulation after the norm.
@@ -114,15 +115,55 @@ def norm_silu(
     alike = all(part is None or part.dtype == x.dtype for part in (weight, bias, add, scale, shift))
     if rounding == "fused" and alike and plain(norm):
         vectors = [None if part is None else part.expand(len(x), -1) for part in (add, scale, shift)]
-        if fused("group_norm_act", group_norm_act.supported, x, None, weight, bias, 1.0, *vectors):
+        first, skip, factor = _apart(x)
+        if fused("group_norm_act", group_norm_act.supported, first, skip, weight, bias, factor, *vectors):
             add, scale, shift = vectors
             return group_norm_act.group_norm_act(
-                x, norm.num_groups, weight, bias, add=add, scale=scale, shift=shift, eps=norm.eps
+                first,
+                norm.num_groups,
+                weight,
+                bias,
+                skip=skip,
+                skip_scale=factor,
+                add=add,
+                scale=scale,
+                shift=shift,
+                eps=norm.eps,
             )
     add, scale, shift = (None if part is None else part[:, :, None, None] for part in (add, scale, shift))
     x = norm(x if add is None else x + add)
     x = x if scale is None else x * (1 + scale)
     return F.silu(x if shift is None else x + shift)
+
+
+def shortcut(x: torch.Tensor, convolution: Any, rounding: Rounding = "fused") -> torch.Tensor:
+    """A 1×1 convolution; of features and a skip that are not put together, with one matrix for each.
+
+    Args:
+        x: features of shape ``(batch, channels, height, width)``.
+        convolution: the layer.
+        rounding: the kernel only knows ``"fused"``; otherwise the layer runs.
+    """
+    first, skip, factor = _apart(x)
+    # In float32 torch's convolutions use fewer digits, and are faster, than a product that keeps them.
+    if skip is not None and rounding == "fused" and x.dtype != torch.float32 and _pointwise(convolution):
+        weight, bias = convolution.weight, convolution.bias
+        alike = all(part is None or part.dtype == x.dtype for part in (weight, bias))
+        if alike and fused("skip_shortcut", skip_shortcut.supported, first, skip, weight.flatten(1), bias, factor):
+            return skip_shortcut.skip_shortcut(first, skip, weight, bias, skip_scale=factor)
+    return convolution(x)
+
+
+def _apart(x: torch.Tensor) -> tuple[torch.Tensor, Maybe, Factor]:
+    """Features, a skip beside them that is not put together with them, and its factor."""
+    return x.parts if isinstance(x, Concatenated) else (x, None, 1.0)
+
+
+def _pointwise(layer: Any) -> bool:
+    """Whether a layer multiplies every pixel with a matrix, and does nothing else."""
+    known = type(layer) is nn.Conv2d and plain(layer)
+    ones = known and {*layer.kernel_size, *layer.stride, layer.groups} == {1}
+    return ones and layer.padding in ("valid", (0, 0))
 
 
 def patches_together(

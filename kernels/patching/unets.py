@@ -1,4 +1,4 @@
-"""Forwards of a UNet's residual block, and of the attention layer that UNets share with DiT and PixArt."""
+"""Forwards of a UNet's up stages and residual blocks, and of the attention that UNets share with DiT and PixArt."""
 
 from __future__ import annotations
 
@@ -9,13 +9,30 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
-from fastdiff.kernels.patching.parts import norm_silu
+from fastdiff.backbones import is_compiled
+from fastdiff.kernels.concatenation import Skip, may_defer
+from fastdiff.kernels.patching.parts import norm_silu, shortcut
 from fastdiff.kernels.residual_norm_modulate import Rounding
 
 Maybe = torch.Tensor | None
 
 MANY = 64
 """From this batch size on diffusers copies what it upsamples."""
+
+
+def up_stage(
+    stage: Any,
+    rounding: Rounding,
+    hidden_states: torch.Tensor,
+    res_hidden_states_tuple: tuple[torch.Tensor, ...],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """A decoder's stage as it is, with skips that are not put together with its features where nobody needs that."""
+    if rounding != "fused" or not may_defer(hidden_states) or any(map(is_compiled, stage.resnets)):
+        return NotImplemented
+    skips = tuple(skip if isinstance(skip, Skip) else Skip(skip) for skip in res_hidden_states_tuple)
+    return type(stage).forward(stage, hidden_states, skips, *args, **kwargs)
 
 
 def resnet_obstacle(block: Any) -> str:
@@ -52,7 +69,7 @@ def resnet_block(
         added = add if block.time_embedding_norm == "default" else None
         hidden = norm_silu(hidden, block.norm2, added, rounding=rounding)
     hidden = block.conv2(block.dropout(hidden))
-    x = x if block.conv_shortcut is None else block.conv_shortcut(x)
+    x = x if block.conv_shortcut is None else shortcut(x, block.conv_shortcut, rounding)
     return _over(x + hidden, block.output_scale_factor)
 
 

@@ -15,6 +15,8 @@ from torch import nn
 
 import fastdiff
 from fastdiff import ConfigError
+from fastdiff.backbones import view
+from fastdiff.cost import count_macs
 from fastdiff.kernels.patching import optimizing, parts
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -31,6 +33,10 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def left_behind(model: nn.Module) -> dict[str, set[str]]:
     return {name: set(vars(module)) for name, module in model.named_modules()}
+
+
+def moved(arguments: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -74,10 +80,7 @@ def test_references_are_no_further_from_the_truth_than_eager(name: str, dtype: t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.usefixtures("forced")
 def test_kernels_are_no_further_from_the_truth_than_eager(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    model, arguments = build(name, dtype).to(device), {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value
-        for key, value in inputs(name, dtype).items()
-    }  # fmt: skip
+    model, arguments = build(name, dtype).to(device), moved(inputs(name, dtype), device)
     eager = call(model, arguments)
     fastdiff.optimize(model)
     result = call(model, arguments)
@@ -120,6 +123,21 @@ def test_sinusoids_are_computed_once_per_evaluation() -> None:
         assert torch.equal(call(model, inside), plain[0])
         inside["timestep"] -= 100
         assert torch.equal(call(model, inside), plain[1])
+
+
+@pytest.mark.parametrize("name", ["U-ViT", "SD UNet"])
+@pytest.mark.usefixtures("forced")
+def test_multiplications_in_kernels_count(name: str, device: torch.device) -> None:
+    """Kernels replace matrices too, which torch's counter of operations does not see."""
+    model, arguments = build(name, torch.float16).to(device), cast(inputs(name), torch.float16)
+    arguments = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()
+    }
+    expected = count_macs(view(model), arguments)
+    fastdiff.optimize(model)
+    macs, fixed = count_macs(view(model), arguments)
+    assert macs.tolist() == expected[0].tolist()
+    assert fixed == expected[1]
 
 
 # -- what is replaced --------------------------------------------------------------------------------------------------
