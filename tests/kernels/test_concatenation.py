@@ -201,7 +201,9 @@ def test_without_a_kernel_that_can_run_nothing_is_noted(name: str, counts: Count
     assert counts.noted == 0
 
 
-def up_stage(dtype: torch.dtype, layout: torch.memory_format) -> tuple[UpBlock2D, Callable[[], torch.Tensor]]:
+def up_stage(
+    dtype: torch.dtype, layout: torch.memory_format, factor: float | None
+) -> tuple[UpBlock2D, Callable[[], torch.Tensor]]:
     """Returns a decoder's stage, and a call of it whose groups lie across the border between features and skip."""
     sizes = {"in_channels": 8, "prev_output_channel": 20, "out_channels": 12}
     stage = build_model(
@@ -214,18 +216,19 @@ def up_stage(dtype: torch.dtype, layout: torch.memory_format) -> tuple[UpBlock2D
     def forward() -> torch.Tensor:
         place = next(stage.parameters())
         x, *skips = (image.to(place.device, place.dtype, memory_format=layout) for image in images)
-        return stage(x, tuple(reversed(skips)), temb.to(place.device, place.dtype))
+        return stage(x, tuple(Skip(skip, factor) for skip in reversed(skips)), temb.to(place.device, place.dtype))
 
     return stage.to(dtype, memory_format=layout), forward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @LAYOUTS
+@pytest.mark.parametrize("factor", [None, 0.7])
 @pytest.mark.usefixtures("forced")
 def test_kernels_read_the_parts(
-    dtype: torch.dtype, layout: torch.memory_format, counts: Counts, device: torch.device
+    dtype: torch.dtype, layout: torch.memory_format, factor: float | None, counts: Counts, device: torch.device
 ) -> None:
-    stage, forward = up_stage(dtype, layout)
+    stage, forward = up_stage(dtype, layout, factor)
     stage.to(device)
     eager = forward()
     assert fastdiff.optimize(stage).replaced[""] == "UpBlock2D: skips read where they lie, with their factor"
