@@ -165,8 +165,8 @@ def test_sizes_that_do_not_fit_are_torchs_error() -> None:
 
 
 @pytest.mark.usefixtures("forced")
-def test_no_kernel_is_handed_a_tensor_of_another_class() -> None:
-    x, features = images()
+def test_no_kernel_is_handed_a_tensor_of_another_class(device: torch.device) -> None:
+    x, features = (image.to(device) for image in images())
     assert obstacle(x, nn.Parameter(features)) == ""
     assert "Skip, which may hold its numbers in another way" in obstacle(x, Skip(features))
 
