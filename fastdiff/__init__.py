@@ -97,7 +97,10 @@ def __getattr__(name: str) -> Any:
         return import_module(f"fastdiff.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
+    try:
+        value = getattr(import_module(_LAZY[name]), name)
+    except AttributeError as error:  # of which `from fastdiff import ...` would only tell that there is no such name
+        raise ImportError(f"fastdiff.{name} could not be loaded: {error}") from error
     globals()[name] = value
     return value
 

@@ -459,7 +459,6 @@ def _allow_graphs(number: int) -> Callable[[], None]:
     if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
         return lambda: None
     config = torch._dynamo.config
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    before = getattr(config, name)
-    setattr(config, name, max(before, number))
-    return lambda: setattr(config, name, before)
+    before = config.recompile_limit
+    config.recompile_limit = max(before, number)
+    return lambda: setattr(config, "recompile_limit", before)

@@ -78,7 +78,7 @@ class DenoiserRecord:
     replays: int = 0
     computed: Counter[str] = field(default_factory=Counter)
     peak_bytes: int = 0
-    measure: Callable[[], UnitCosts] | None = None
+    measure: Callable[[], UnitCosts] | None = field(default=None, repr=False)  # holds a call's tensors
 
     def cells(self, branch: Branch | None = None) -> dict[str, int]:
         """Cells by action, over all branches or one."""
@@ -185,8 +185,11 @@ class RunRecord:
         """Denoiser calls, over all denoisers."""
         return sum(len(record.calls) for record in self.denoisers.values())
 
+    def __str__(self) -> str:
+        return self.summary()
+
     def summary(self) -> str:
-        """The record as text."""
+        """The record as text, which `print` shows too."""
         state = "" if self.completed else " (ended early)"
         lines = [f"{' + '.join(self.methods) or 'no method'}: {self.seconds:.2f} s{state}"]
         for name, record in self.denoisers.items():

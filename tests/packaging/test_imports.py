@@ -144,6 +144,12 @@ def test_unknown_export_is_an_attribute_error() -> None:
         fastdiff.no_such_name  # noqa: B018 - reading the attribute is the test
 
 
+def test_what_is_wrong_with_a_dependency_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fastdiff._LAZY, "Broken", "fastdiff.plan")  # as when diffusers needs a newer torch
+    with pytest.raises(ImportError, match=r"fastdiff.Broken could not be loaded: module 'fastdiff.plan' has no"):
+        from fastdiff import Broken  # noqa: F401
+
+
 def test_type_checkers_see_the_same_exports(root: Path) -> None:
     tree = ast.parse((root / "fastdiff/__init__.py").read_text(encoding="utf-8"))
     (block,) = (

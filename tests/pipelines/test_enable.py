@@ -288,6 +288,8 @@ def test_summary() -> None:
         assert word in text
     sample(pipe, NAME)
     assert "not called" not in pipe.fastdiff.summary()
+    assert str(pipe.fastdiff.last_run) == pipe.fastdiff.last_run.summary()
+    assert "tensor(" not in repr(pipe.fastdiff.last_run)
     with fastdiff.disabled(pipe):
         assert "disabled now" in pipe.fastdiff.summary()
 
