@@ -63,7 +63,7 @@ def test_another_demo_takes_the_place_of_the_first(tiny_dit: Path, tmp_path: Pat
     assert not any(key.startswith("tuned") for key in points(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("model", ["tiny_sd", "tiny_ddpm"])
+@pytest.mark.parametrize("model", ["tiny_sd", pytest.param("tiny_ddpm", marks=pytest.mark.slow)])
 def test_every_way_of_a_unet_is_measured(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     words = ("demo", "--model", request.getfixturevalue(model), *SIZES, "--out", tmp_path / "out")
     assert main([str(word) for word in words]) == 0

@@ -260,6 +260,7 @@ def check_inductor(pipe: DiffusionPipeline, name: str, how: str) -> None:
     assert counter.frame_count == graphs
 
 
+@pytest.mark.slow
 def test_inductor() -> None:
     """On a single block, to compile little: one graph that keeps its residual, one that reuses it."""
     pipe = build("DiTPipeline")
